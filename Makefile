@@ -1,0 +1,85 @@
+# Two commands for a new user: make demo, make test. Both set up .venv first; a second run is quick.
+PYTHON ?= python3
+CMAKE ?= cmake
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
+
+SOURCES := $(shell find include bindings python/coldrow -type f -not -name '*.pyc') \
+           CMakeLists.txt pyproject.toml
+
+.PHONY: help build demo test test-python test-cpp lint format bench clean
+
+help:
+	@echo "make demo    train a click model on real ratings with and without forgetting (~3 minutes)"
+	@echo "make test    build, then the Python and the C++ tests"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
+	@echo "make clean   remove build/ and .venv/"
+
+build: $(VENV)/.installed
+
+$(VENV)/.requirements: requirements-dev.txt constraints.txt requirements-data.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements-data.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
+	    -C cmake.define.COLDROW_WERROR=ON .
+	@touch $@
+
+demo: build
+	$(BIN)/python examples/train_ctr.py $(ARGS)
+
+test: test-python test-cpp
+
+test-python: build
+	$(BIN)/python -m pytest $(ARGS)
+
+# The C++ tests need GoogleTest from the system. Without it this says so and goes on, unless
+# COLDROW_REQUIRE_CPP_TESTS is set (as CI does).
+test-cpp: build
+	@if echo '#include <gtest/gtest.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
+	  PATH="$(BIN):$$PATH" $(CMAKE) -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	      -DCOLDROW_PYTHON=OFF -DCOLDROW_TESTS=ON -DCOLDROW_WERROR=ON >build/cpp-configure.log \
+	    || { cat build/cpp-configure.log; exit 1; }; \
+	  PATH="$(BIN):$$PATH" $(CMAKE) --build build/cpp && \
+	  ctest --test-dir build/cpp --output-on-failure -j$$(nproc) --quiet \
+	    -O build/ctest.log || { tail -60 build/ctest.log; exit 1; }; \
+	  tail -4 build/ctest.log; \
+	elif [ -n "$$COLDROW_REQUIRE_CPP_TESTS" ]; then \
+	  echo "error: GoogleTest is not installed: apt-get install libgtest-dev"; exit 1; \
+	else \
+	  echo "C++ tests NOT run: GoogleTest is not installed. Get it: apt-get install libgtest-dev"; \
+	fi
+
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.cu' '*.cuh')
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: build
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+# FBGEMM lives in an environment of its own: its wheel wants one torch release.
+BENCH := $(CURDIR)/build/bench-venv
+$(BENCH)/.installed: constraints.txt $(SOURCES)
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt torch numpy scikit-build-core nanobind ninja
+	$(BENCH)/bin/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	PATH="$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	@touch $@
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/cpu.py $(ARGS)
+
+clean:
+	rm -rf build .venv

@@ -1,0 +1,421 @@
+// The kernels of the Python module, compiled once per instruction set (COLDROW_ABI names the
+// build). No standard library container or algorithm is used here: an inline function shared with
+// other builds could end up with this build's instructions.
+#include "kernels.hpp"
+
+#include <coldrow/coldrow.hpp>
+
+namespace coldrow_module {
+namespace {
+
+using namespace coldrow;
+using host::Workspace;
+
+AnyDecay to_decay(const UpdateArgs& u) {
+  AnyDecay d;
+  d.kind = static_cast<DecayKind>(u.decay);
+  d.epoch_gated = u.epoch_gated;
+  d.linear_clipped = {static_cast<float>(u.alpha), static_cast<float>(u.min_shrinkage)};
+  d.cumulative_linear = {u.alpha, u.decay_table, u.decay_table_size};
+  d.exponential = {u.weight_decay, u.half_life};
+  d.constant = {static_cast<float>(u.weight_decay)};
+  return d;
+}
+
+template <class Index>
+Batch<Index> to_batch(const BatchArgs& b, const Feature* features) {
+  return {static_cast<const Index*>(b.indices),
+          static_cast<const Index*>(b.offsets),
+          b.bags,
+          b.positions,
+          features,
+          b.num_features,
+          b.pooled,
+          b.mean,
+          b.per_sample_weights};
+}
+
+Feature to_feature(const FeatureArgs& f) {
+  return {f.table,     f.dim,       f.first_bag,  f.bags,      f.first_position,
+          f.positions, f.first_row, f.out_offset, f.out_stride};
+}
+
+template <class F>
+auto with_index(IndexType type, const F& f) {
+  return type == IndexType::i32 ? f(std::int32_t{}) : f(std::int64_t{});
+}
+
+template <class F>
+auto with_numeric(DType type, const F& f) {
+  switch (type) {
+    case DType::f16:
+      return f(half{});
+    case DType::bf16:
+      return f(bfloat16{});
+    case DType::f32:
+      break;
+  }
+  return f(float{});
+}
+
+// ---------------------------------------------------------------------------------------- check
+
+Problem check_batch(BatchArgs& b) {
+  return with_index(b.index_type, [&](auto index) -> Problem {
+    using Index = decltype(index);
+    const auto* indices = static_cast<const Index*>(b.indices);
+    const auto* offsets = static_cast<const Index*>(b.offsets);
+    const auto report = [](const BatchProblem& p, std::int32_t feature) {
+      return Problem{static_cast<Problem::Kind>(p.kind), p.position, p.value, feature};
+    };
+    if (offsets != nullptr) {
+      const BatchProblem p = check_offsets(offsets, b.bags, b.positions);
+      if (p.kind != BatchProblem::none) return report(p, -1);
+    }
+    for (std::int32_t f = 0; f < b.num_features; ++f) {
+      FeatureArgs& feature = b.features[f];
+      if (offsets != nullptr) {
+        feature.first_position = offsets[feature.first_bag];
+        feature.positions = offsets[feature.first_bag + feature.bags] - feature.first_position;
+      }
+      Feature one = to_feature(feature);
+      one.table = 0;
+      const Batch<Index> batch{indices, offsets, b.bags, b.positions, &one,
+                               1,       true,    false,  nullptr};
+      const BatchProblem p = check_indices(batch, &b.tables[feature.table].rows);
+      if (p.kind != BatchProblem::none) return report(p, f);
+    }
+    return Problem{Problem::none, -1, 0, -1};
+  });
+}
+
+// --------------------------------------------------------------------------------------- lookup
+
+std::size_t lookup_bytes(const BatchArgs& b, bool read) {
+  Workspace w(nullptr);
+  w.take<float>(read ? b.positions : 0);
+  return w.bytes();
+}
+
+// Calls f(bags, feature, first bag) for each feature, its bags cut into parts of about equal
+// numbers of indices.
+template <class Weight, class Index, class F>
+void for_bags(const BatchArgs& b, bool read, float* read_scale, const FeatureArgs& feature,
+              int part, const F& f) {
+  const TableArgs& table = b.tables[feature.table];
+  const auto* indices = static_cast<const Index*>(b.indices);
+  const auto* offsets = static_cast<const Index*>(b.pooled ? b.offsets : nullptr);
+  const bool by_bag = offsets != nullptr;
+  const std::int64_t first = by_bag ? feature.first_bag : feature.first_position;
+  const std::int64_t count = by_bag ? feature.bags : feature.positions;
+  host::Bags<Weight, Index> bags{static_cast<const Weight*>(table.weight),
+                                 feature.dim,
+                                 indices,
+                                 offsets,
+                                 first + host::part_begin(count, part, b.threads),
+                                 first + host::part_begin(count, part + 1, b.threads),
+                                 feature.first_position + feature.positions,
+                                 b.per_sample_weights,
+                                 b.mean};
+  if (!read) {
+    f(bags);
+    return;
+  }
+  bags.scale = read_scale;
+  const auto decay = prepare(to_decay(table.update), b.step - 1, table.lr, b.epoch_start);
+  const Strided<const std::int32_t> prev_iter{table.prev_iter, table.prev_iter_stride};
+  // A few hundred indices at a time: their scales stay in the first-level cache.
+  const std::int64_t end = bags.end;
+  while (bags.begin < end) {
+    const std::int64_t lo = bags.first(bags.begin);
+    bags.end = bags.begin + 1;
+    while (bags.end < end && bags.first(bags.end + 1) - lo <= 512) ++bags.end;
+    host::read_scales(decay, b.step, static_cast<float>(table.lr), prev_iter, indices, lo,
+                      bags.first(bags.end), b.per_sample_weights, read_scale);
+    f(bags);
+    bags.begin = bags.end;
+  }
+}
+
+void lookup(const BatchArgs& b, bool read, void* out, DType out_type, void* workspace) {
+  float* read_scale = Workspace(workspace).take<float>(read ? b.positions : 0);
+  host::parallel(b.threads, [&](int part) {
+    for (std::int32_t f = 0; f < b.num_features; ++f) {
+      const FeatureArgs& feature = b.features[f];
+      with_index(b.index_type, [&](auto index) {
+        with_numeric(b.tables[feature.table].dtype, [&](auto weight) {
+          with_numeric(out_type, [&](auto out_value) {
+            using Weight = decltype(weight);
+            using Index = decltype(index);
+            auto* to = static_cast<decltype(out_value)*>(out) + feature.out_offset;
+            for_bags<Weight, Index>(b, read, read_scale, feature, part, [&](const auto& bags) {
+              const std::int64_t row = bags.begin - feature.first_row;
+              host::lookup_bags(bags, to + row * feature.out_stride, feature.out_stride);
+            });
+          });
+        });
+      });
+    }
+  });
+}
+
+void weight_gradients(const BatchArgs& b, bool read, const void* grad, DType grad_type, float* out,
+                      void* workspace) {
+  BatchArgs unweighted = b;  // the scale is the read factor alone
+  unweighted.per_sample_weights = nullptr;
+  float* read_scale = Workspace(workspace).take<float>(read ? b.positions : 0);
+  host::parallel(b.threads, [&](int part) {
+    for (std::int32_t f = 0; f < b.num_features; ++f) {
+      const FeatureArgs& feature = b.features[f];
+      with_index(b.index_type, [&](auto index) {
+        with_numeric(b.tables[feature.table].dtype, [&](auto weight) {
+          with_numeric(grad_type, [&](auto grad_value) {
+            using Weight = decltype(weight);
+            using Index = decltype(index);
+            const auto* from = static_cast<const decltype(grad_value)*>(grad) + feature.out_offset;
+            for_bags<Weight, Index>(unweighted, read, read_scale, feature, part,
+                                    [&](const auto& bags) {
+                                      const std::int64_t row = bags.begin - feature.first_row;
+                                      host::weight_gradients(bags, from + row * feature.out_stride,
+                                                             feature.out_stride, out);
+                                    });
+          });
+        });
+      });
+    }
+  });
+}
+
+// --------------------------------------------------------------------------------------- update
+
+struct UpdateSpace {
+  Feature* features;            // in the order of the batch
+  Feature* features_by_table;   // grouped by table
+  std::int32_t* first_feature;  // [tables + 1], into features_by_table
+  std::int64_t* table_base;     // [tables + 1], first row number of each table
+  std::int64_t* table_begin;    // [tables + 1], first sorted entry of each table
+  std::uint32_t* counts;
+  float* scratch;  // [threads, scratch_dim]
+  std::int64_t scratch_dim;
+  host::ApplyReport* reports;  // [threads]
+  void* entries;
+  void* other;
+};
+
+std::int64_t total_rows(const BatchArgs& b) {
+  std::int64_t rows = 0;
+  for (std::int32_t t = 0; t < b.num_tables; ++t) rows += b.tables[t].rows;
+  return rows;
+}
+
+bool wide_keys(const BatchArgs& b) { return total_rows(b) > (std::int64_t{1} << 32); }
+bool scaled(const BatchArgs& b) { return b.per_sample_weights != nullptr || (b.mean && b.pooled); }
+
+template <class F>
+auto with_entry(const BatchArgs& b, const F& f) {
+  if (wide_keys(b)) return f(host::WideEntry{});
+  return scaled(b) ? f(host::ScaledEntry{}) : f(host::PlainEntry{});
+}
+
+UpdateSpace lay_out(const BatchArgs& b, Workspace& w) {
+  UpdateSpace s{};
+  s.features = w.take<Feature>(b.num_features);
+  s.features_by_table = w.take<Feature>(b.num_features);
+  s.first_feature = w.take<std::int32_t>(b.num_tables + 1);
+  s.table_base = w.take<std::int64_t>(b.num_tables + 1);
+  s.table_begin = w.take<std::int64_t>(b.num_tables + 1);
+  s.counts = w.take<std::uint32_t>(static_cast<std::int64_t>(b.threads) * host::kDigits);
+  std::int64_t widest = 0;
+  for (std::int32_t t = 0; t < b.num_tables; ++t) {
+    widest = max_of<std::int64_t>(widest, b.tables[t].dim);
+  }
+  s.scratch_dim = (widest + 15) / 16 * 16 + 16;
+  s.scratch = w.take<float>(s.scratch_dim * b.threads);
+  s.reports = w.take<host::ApplyReport>(b.threads);
+  with_entry(b, [&](auto entry) {
+    s.entries = w.take<decltype(entry)>(b.positions);
+    s.other = w.take<decltype(entry)>(b.positions);
+  });
+  return s;
+}
+
+std::size_t update_bytes(const BatchArgs& b) {
+  Workspace w(nullptr);
+  lay_out(b, w);
+  return w.bytes();
+}
+
+void fill_features(const BatchArgs& b, const UpdateSpace& s) {
+  for (std::int32_t f = 0; f < b.num_features; ++f) s.features[f] = to_feature(b.features[f]);
+  std::int32_t next = 0;
+  s.table_base[0] = s.table_begin[0] = s.first_feature[0] = 0;
+  for (std::int32_t t = 0; t < b.num_tables; ++t) {
+    s.table_base[t + 1] = s.table_base[t] + b.tables[t].rows;
+    s.table_begin[t + 1] = s.table_begin[t];
+    for (std::int32_t f = 0; f < b.num_features; ++f) {
+      if (s.features[f].table != t) continue;
+      s.features_by_table[next++] = s.features[f];
+      s.table_begin[t + 1] += s.features[f].positions;
+    }
+    s.first_feature[t + 1] = next;
+  }
+}
+
+template <class Weight, class Optimizer>
+Table<Weight, Optimizer> to_table(const TableArgs& t) {
+  Table<Weight, Optimizer> table;
+  table.weight = static_cast<Weight*>(t.weight);
+  table.rows = t.rows;
+  table.dim = t.dim;
+  table.prev_iter = {t.prev_iter, t.prev_iter_stride};
+  for (int i = 0; i < Optimizer::scalar_states; ++i) {
+    table.scalars[i] = {t.scalars[i], t.scalar_strides[i]};
+  }
+  for (int i = 0; i < Optimizer::vector_states; ++i) table.vectors[i] = t.vectors[i];
+  table.origin = {t.key, t.row_offset, t.col_offset, 0};
+  return table;
+}
+
+// The runs sorted[lo, hi) of table t. The gradient type is chosen per run, so that it does not
+// multiply the number of update kernels.
+template <class Update, class Entry>
+host::ApplyReport run_table(const Update& update, const BatchArgs& b, std::int32_t t,
+                            const UpdateSpace& s, const Entry* sorted, std::int64_t lo,
+                            std::int64_t hi, const void* grad, DType grad_type, host::Pass pass,
+                            float* scratch) {
+  using Weight = typename Update::weight_type;
+  using Optimizer = typename Update::optimizer_type;
+  const auto table = to_table<Weight, Optimizer>(b.tables[t]);
+  const Feature* features = s.features_by_table + s.first_feature[t];
+  const int count = s.first_feature[t + 1] - s.first_feature[t];
+  const auto rows = [&](auto value) {
+    using Grad = decltype(value);
+    return host::GradientRows<Grad>{static_cast<const Grad*>(grad), features, count};
+  };
+  return host::apply_runs(
+      update, table, sorted, lo, hi, s.table_base[t], pass,
+      [&](const Entry* run, std::int64_t length) {
+        return with_numeric(grad_type, [&](auto value) {
+          return host::sum_run(rows(value), run, length, table.dim, scratch);
+        });
+      },
+      [&](const Entry& e) {
+        with_numeric(grad_type, [&](auto value) {
+          host::prefetch(rows(value).row(e.out_row),
+                         sizeof(value) * static_cast<std::size_t>(table.dim));
+        });
+      });
+}
+
+template <class Weight, class Optimizer, class Rounding>
+auto make_update(const BatchArgs& b, const TableArgs& t, const Optimizer& optimizer,
+                 const Rounding& rounding, OnNonfinite on_nonfinite) {
+  auto update = RowUpdate<Weight, float, Optimizer, AnyDecay, Rounding>::at(
+      b.step, t.lr, optimizer, to_decay(t.update), rounding, t.update.decay_state, b.epoch_start);
+  update.on_nonfinite = on_nonfinite == OnNonfinite::propagate ? coldrow::OnNonfinite::propagate
+                                                               : coldrow::OnNonfinite::skip;
+  return update;
+}
+
+// Calls f with the row update of table t.
+template <class F>
+auto with_update(const BatchArgs& b, const TableArgs& t, OnNonfinite on_nonfinite, const F& f) {
+  const RowwiseRMSprop optimizer{t.update.eps, t.update.ema_beta};
+  return with_numeric(t.dtype, [&](auto weight) {
+    using Weight = decltype(weight);
+    if constexpr (!std::same_as<Weight, float>) {  // float32 is stored unrounded
+      if (t.update.rounding == RoundingKind::stochastic) {
+        return f(make_update<Weight>(b, t, optimizer, Stochastic{t.update.seed}, on_nonfinite));
+      }
+    }
+    return f(make_update<Weight>(b, t, optimizer, Nearest{}, on_nonfinite));
+  });
+}
+
+template <class Entry>
+UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
+                        OnNonfinite on_nonfinite, bool check_step, bool check_only,
+                        const UpdateSpace& s) {
+  const std::int64_t n = b.positions;
+  auto* entries = static_cast<Entry*>(s.entries);
+  auto* other = static_cast<Entry*>(s.other);
+  with_index(b.index_type, [&](auto index) {
+    host::make_entries(to_batch<decltype(index)>(b, s.features), s.table_base, b.threads, entries);
+  });
+  int bits = 0;
+  while (bits < 63 && (s.table_base[b.num_tables] - 1) >> bits != 0) ++bits;
+  const Entry* sorted = host::sort_entries(entries, other, n, bits, b.threads, s.counts);
+
+  const auto run = [&](host::Pass pass) {
+    host::parallel(b.threads, [&](int part) {
+      host::ApplyReport report;
+      const std::int64_t begin = host::run_begin(sorted, n, part, b.threads);
+      const std::int64_t end = host::run_begin(sorted, n, part + 1, b.threads);
+      for (std::int32_t t = 0; t < b.num_tables; ++t) {
+        const std::int64_t lo = max_of(begin, s.table_begin[t]);
+        const std::int64_t hi = min_of(end, s.table_begin[t + 1]);
+        if (lo >= hi) continue;
+        host::ApplyReport one = with_update(b, b.tables[t], on_nonfinite, [&](const auto& update) {
+          return run_table(update, b, t, s, sorted, lo, hi, grad, grad_type, pass,
+                           s.scratch + part * s.scratch_dim);
+        });
+        one.nonfinite.table = one.stale.table = t;
+        report.merge(one);
+      }
+      s.reports[part] = report;
+    });
+    host::ApplyReport total;
+    for (int part = 0; part < b.threads; ++part) total.merge(s.reports[part]);
+    return total;
+  };
+  const auto report = [](const host::ApplyReport& r, bool refused) {
+    return UpdateReport{{r.nonfinite.count, r.nonfinite.table, r.nonfinite.row},
+                        {r.stale.count, r.stale.table, r.stale.row},
+                        refused};
+  };
+  if (on_nonfinite == OnNonfinite::raise || check_step || check_only) {
+    const host::ApplyReport found = run(host::Pass::check);
+    const bool refused = (check_step && found.stale.count > 0) ||
+                         (on_nonfinite == OnNonfinite::raise && found.nonfinite.count > 0);
+    if (refused || check_only) return report(found, refused);
+  }
+  return report(run(host::Pass::update), false);
+}
+
+UpdateReport update(const BatchArgs& b, const void* grad, DType grad_type, OnNonfinite on_nonfinite,
+                    bool check_step, bool check_only, void* workspace) {
+  Workspace w(workspace);
+  const UpdateSpace s = lay_out(b, w);
+  fill_features(b, s);
+  return with_entry(b, [&](auto entry) {
+    return run_update<decltype(entry)>(b, grad, grad_type, on_nonfinite, check_step, check_only, s);
+  });
+}
+
+float factor(const UpdateArgs& u, std::int32_t prev_iter, std::int32_t step, double lr,
+             std::int32_t epoch_start, bool read) {
+  const auto decay = prepare(to_decay(u), read ? step - 1 : step, lr, epoch_start);
+  const float lr32 = static_cast<float>(lr);
+  return read ? read_factor(decay, step, prev_iter, lr32)
+              : touch_factor(decay, step, prev_iter, lr32);
+}
+
+}  // namespace
+
+#define COLDROW_STRING_(x) #x
+#define COLDROW_STRING(x) COLDROW_STRING_(x)
+#define COLDROW_JOIN_(a, b) a##b
+#define COLDROW_JOIN(a, b) COLDROW_JOIN_(a, b)
+
+// kernels_<build>
+extern const Kernels COLDROW_JOIN(kernels_, COLDROW_ABI);
+const Kernels COLDROW_JOIN(kernels_, COLDROW_ABI) = {COLDROW_STRING(COLDROW_ABI),
+                                                     check_batch,
+                                                     lookup_bytes,
+                                                     lookup,
+                                                     weight_gradients,
+                                                     update_bytes,
+                                                     update,
+                                                     factor};
+
+}  // namespace coldrow_module

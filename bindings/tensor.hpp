@@ -1,0 +1,51 @@
+// Arrays from Python, without copying: torch through its DLPack C exchange API, everything else
+// that speaks DLPack or the buffer protocol through nanobind.
+//
+// An Array is only a view; the Python object must outlive it. Every check throws an exception that
+// names the argument, what was given and what is accepted.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <string>
+
+#include "kernels.hpp"
+
+namespace coldrow_module {
+
+namespace nb = nanobind;
+
+enum class Access { read, write };
+
+struct Array {
+  const char* name = "";
+  void* data = nullptr;
+  std::string dtype;  // "float32", "bfloat16", ...
+  int ndim = 0;
+  std::int64_t shape[4] = {};
+  std::int64_t strides[4] = {};  // in elements
+  std::int64_t item_size = 0;
+  nb::object owner;  // keeps a borrowed view alive
+
+  std::int64_t size() const;
+  bool contiguous() const;
+  std::string describe() const;  // "float32[10, 4]"
+
+  // Throw unless the array is what is asked for.
+  void require_shape(std::initializer_list<std::int64_t> shape, const char* what) const;  // -1: any
+  void require_contiguous() const;
+  DType numeric() const;      // float32, float16, bfloat16
+  IndexType integer() const;  // int32, int64
+  void require_dtype(const char* accepted) const;
+};
+
+Array take_array(nb::handle object, const char* name, Access access);
+
+// Throws ValueError if two arrays share a byte. 1-D arrays interleaved with equal strides may share
+// a range without sharing a byte.
+void require_disjoint(const Array& a, const Array& b);
+
+}  // namespace coldrow_module

@@ -1,0 +1,74 @@
+// Threads and memory of the host drivers.
+//
+// OpenMP, because torch runs on it: sharing its runtime means one pool of threads and one setting
+// (torch.set_num_threads). Without OpenMP everything runs in the calling thread. No driver's result
+// depends on the number of threads.
+#pragma once
+
+#include "../numeric/math.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+COLDROW_BEGIN
+
+namespace host {
+
+// Calls f(part) once for each part in [0, parts), in parallel.
+template <class F>
+void parallel(int parts, const F& f) {
+  if (parts <= 1) {
+    f(0);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(parts)
+  for (int part = omp_get_thread_num(); part < parts; part += omp_get_num_threads()) f(part);
+#else
+  for (int part = 0; part < parts; ++part) f(part);
+#endif
+}
+
+// The first item of `part` when n items are cut into `parts`.
+inline std::int64_t part_begin(std::int64_t n, int part, int parts) {
+  return static_cast<std::int64_t>(static_cast<double>(n) * part / parts);
+}
+
+// Hands out pieces of one block of memory. With a null base it only counts, so the same code first
+// measures what it needs and then takes it.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
+  template <class T>
+  T* take(std::int64_t count) {
+    used_ = (used_ + 63) / 64 * 64;
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += static_cast<std::size_t>(count) * sizeof(T);
+    return piece;
+  }
+  std::size_t bytes() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  std::size_t used_ = 0;
+};
+
+// Rows are fetched this many indices before they are needed.
+inline constexpr std::int64_t kPrefetchDistance = 16;
+
+inline void prefetch(const void* address, std::size_t bytes) {
+  const char* p = static_cast<const char*>(address);
+  const std::size_t lines = min_of<std::size_t>(bytes, 1024);  // the hardware follows from there
+  for (std::size_t i = 0; i < lines; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+
+inline void prefetch_to_write(const void* address, std::size_t bytes) {
+  const char* p = static_cast<const char*>(address);
+  const std::size_t lines = min_of<std::size_t>(bytes, 1024);
+  for (std::size_t i = 0; i < lines; i += 64) __builtin_prefetch(p + i, 1, 3);
+}
+
+}  // namespace host
+
+COLDROW_END

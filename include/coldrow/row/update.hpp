@@ -1,0 +1,177 @@
+// The one formula. For a row touched at step t by a summed gradient g, with D columns:
+//
+//     I         = t - prev_iter                                  (first touch: 1)
+//     shrink    = decay(I, lr)
+//     state'    = optimizer(state, mean_d(g^2))                  (decay_state: of shrink * state)
+//     w'        = round(shrink * w - element(g))                 (one fma per element)
+//     prev_iter = t
+//
+// Source: Li & Lyu, "Adaptive Regularization" (ICLR 2026), as generalised by coldrow's policies.
+// Everything that trains a row (host drivers, device kernels, your own kernels) calls this.
+#pragma once
+
+#include "../numeric/block.hpp"
+#include "../policy/decay.hpp"
+#include "../policy/optimizer.hpp"
+#include "group.hpp"
+
+COLDROW_BEGIN
+
+// Steps are counted in int32: 2^31 - 1 is the last.
+inline constexpr std::int32_t kLastStep = INT32_MAX;
+
+// Pointers to one row and its state.
+template <Numeric Weight, OptimizerPolicy Optimizer>
+struct Row {
+  static constexpr int kScalars = max_of(1, Optimizer::scalar_states);
+  static constexpr int kVectors = max_of(1, Optimizer::vector_states);
+
+  Weight* weight;            // [D]
+  std::int32_t* prev_iter;   // step of the last touch, 0 before the first
+  float* scalars[kScalars];  // one float each
+  float* vectors[kVectors];  // [D] each
+};
+
+// What to do with a row whose gradient is not finite, judged on the new state (so that a finite
+// gradient whose square overflows counts), or whose policy returned NaN.
+enum class OnNonfinite : std::int32_t { skip, propagate };
+
+// Steps since the last touch as of `step`. (It would be below zero only if somebody wrote prev_iter
+// by hand; that counts as no gap.)
+COLDROW_HD std::int32_t gap_at(std::int32_t step, std::int32_t prev_iter) {
+  const std::int64_t gap = static_cast<std::int64_t>(step) - prev_iter;
+  return static_cast<std::int32_t>(max_of<std::int64_t>(0, min_of<std::int64_t>(gap, INT32_MAX)));
+}
+
+// The factor of a touch at `step`.
+template <DecayPolicy Decay>
+COLDROW_HD float touch_factor(const Decay& decay, std::int32_t step, std::int32_t prev_iter,
+                              float lr) {
+  return prev_iter == 0 ? first_touch(decay, lr) : decay(gap_at(step, prev_iter), lr);
+}
+
+// The factor that a read-charged forward before `step` multiplies a row by. `decay` is prepared as
+// of step - 1. Rows never touched read as stored.
+template <DecayPolicy Decay>
+COLDROW_HD float read_factor(const Decay& decay, std::int32_t step, std::int32_t prev_iter,
+                             float lr) {
+  return prev_iter == 0 ? 1.0f : decay(gap_at(step - 1, prev_iter), lr);
+}
+
+template <Numeric Weight, Numeric Grad, OptimizerPolicy Optimizer, DecayPolicy Decay,
+          RoundingPolicy Rounding>
+struct RowUpdate {
+  using weight_type = Weight;
+  using grad_type = Grad;
+  using optimizer_type = Optimizer;
+
+  Optimizer optimizer{};
+  Prepared<Decay> decay{};
+  Rounding rounding{};
+  float lr = 0.0f;
+  std::int32_t step = 0;
+  bool decay_state = false;
+  OnNonfinite on_nonfinite = OnNonfinite::skip;
+
+  // The update of one step. lr is rounded to float32 for the arithmetic; `decay` is prepared here.
+  static RowUpdate at(std::int32_t step, double lr, const Optimizer& optimizer = {},
+                      const Decay& decay = {}, const Rounding& rounding = {},
+                      bool decay_state = false, std::int32_t epoch_start = 0) {
+    return {optimizer, prepare(decay, step, lr, epoch_start),
+            rounding,  static_cast<float>(lr),
+            step,      decay_state};
+  }
+
+  // Would this row be updated with finite numbers? Writes nothing.
+  template <Group G>
+  COLDROW_HD bool finite(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
+                         int dim) const {
+    return plan(group, row, grad, dim).finite;
+  }
+
+  // Updates the row in place. grad: the row's gradients summed, [dim]. key names the row for
+  // stochastic rounding (its step is set here). Returns false where nothing was written because the
+  // gradient was not finite.
+  template <Group G>
+  COLDROW_HD bool operator()(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
+                             int dim, ElementKey key) const {
+    constexpr int N = G::block;
+    const auto p = plan(group, row, grad, dim);
+    if (!p.finite && on_nonfinite == OnNonfinite::skip) return false;
+    key.step = step;
+    for (int c = group.rank() * N; c < dim; c += group.size() * N) {
+      float w[N], g[N];
+      float vectors[Row<Weight, Optimizer>::kVectors][N] = {};
+      std::uint32_t random16[N] = {};
+      load_columns<N>(row.weight, c, dim, w);
+      load_columns<N>(grad, c, dim, g);
+      for (int s = 0; s < Optimizer::vector_states; ++s) {
+        load_columns<N>(row.vectors[s], c, dim, vectors[s]);
+      }
+      if constexpr (Rounding::needs_random) rounding.template random<N>(key, c, random16);
+      COLDROW_LANES
+      for (int k = 0; k < N; ++k) {
+        float state[Row<Weight, Optimizer>::kVectors];
+        for (int s = 0; s < Optimizer::vector_states; ++s) {
+          state[s] = p.shrink_state * vectors[s][k];
+        }
+        const float delta = optimizer.element(p.row, g[k], state);
+        w[k] = fma(p.shrink, w[k], -delta);
+        for (int s = 0; s < Optimizer::vector_states; ++s) vectors[s][k] = state[s];
+      }
+      store_columns<N>(row.weight, c, dim, w, rounding, random16);
+      for (int s = 0; s < Optimizer::vector_states; ++s) {
+        store_columns<N>(row.vectors[s], c, dim, vectors[s], Nearest{}, random16);
+      }
+    }
+    if (group.rank() == 0) {
+      for (int s = 0; s < Optimizer::scalar_states; ++s) *row.scalars[s] = p.scalars[s];
+      *row.prev_iter = step;
+    }
+    return true;
+  }
+
+ private:
+  using RowStep = decltype(std::declval<const Optimizer&>().row(static_cast<float*>(nullptr), 0.0f,
+                                                                0.0f, std::int32_t{}));
+
+  struct Plan {
+    float shrink;
+    float shrink_state;
+    float scalars[Row<Weight, Optimizer>::kScalars];
+    RowStep row;
+    bool finite;
+  };
+
+  template <Group G>
+  COLDROW_HD Plan plan(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
+                       int dim) const {
+    constexpr int N = G::block;
+    float squares[N] = {};
+    for (int c = group.rank() * N; c < dim; c += group.size() * N) {
+      float g[N];
+      load_columns<N>(grad, c, dim, g);
+      COLDROW_LANES
+      for (int k = 0; k < N; ++k) squares[k] = fma(g[k], g[k], squares[k]);
+    }
+    for (int half = N / 2; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) squares[k] += squares[k + half];
+    }
+    const float mean_square = group.sum(squares[0]) / static_cast<float>(dim);
+
+    const float shrink = touch_factor(decay, step, *row.prev_iter, lr);
+    const float shrink_state = decay_state ? shrink : 1.0f;
+    float scalars[Row<Weight, Optimizer>::kScalars] = {};
+    bool finite = is_finite(mean_square) && is_finite(shrink);
+    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] = shrink_state * *row.scalars[s];
+    const RowStep row_step = optimizer.row(scalars, mean_square, lr, step);
+    finite = finite && row_step.finite();
+    for (int s = 0; s < Optimizer::scalar_states; ++s) finite = finite && is_finite(scalars[s]);
+
+    Plan p{shrink, shrink_state, {}, row_step, finite};
+    for (int s = 0; s < Optimizer::scalar_states; ++s) p.scalars[s] = scalars[s];
+    return p;
+  }
+};
+
+COLDROW_END

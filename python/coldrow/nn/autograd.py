@@ -1,0 +1,173 @@
+"""The two ways a lookup takes part in autograd: updating in backward, or leaving sparse gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from coldrow.nn.module import TableBatchedEmbeddingBags
+
+
+class Ticket:
+    """One training forward whose backward has not run. It dies with its autograd graph."""
+
+    __slots__ = ("__weakref__", "used")
+
+    def __init__(self) -> None:
+        self.used = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward was asked, besides tensors, and when."""
+
+    batch_sizes: tuple[int, ...] | None
+    step: int
+    epoch_start: int
+    lrs: tuple[float, ...]
+
+
+class FusedLookup(torch.autograd.Function):
+    """Forward: look rows up. Backward: update them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        module: TableBatchedEmbeddingBags,
+        ticket: Ticket | None,
+        batch: Batch,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Look up; ``anchor`` requires grad so that autograd calls the backward."""
+        ctx.module, ctx.ticket, ctx.batch = module, ticket, batch
+        ctx.generation = module._generation
+        ctx.save_for_backward(indices, offsets, weights)
+        return module._lookup(batch, indices, offsets, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Update the tables; return the gradient of per_sample_weights."""
+        module, ticket = ctx.module, ctx.ticket
+        if ticket is not None and ticket.used:
+            raise RuntimeError(
+                "this forward has had its backward, which updated the tables; a fused module takes "
+                "one backward per forward. Build it with fused=False to accumulate gradients."
+            )
+        if ctx.generation != module._generation:
+            raise RuntimeError(
+                "the tables were loaded, evicted from, converted or moved between forward and "
+                "backward, so this gradient no longer belongs to them"
+            )
+        indices, offsets, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        weights_grad = None
+        if ctx.needs_input_grad[6]:
+            weights_grad = module._weight_gradients(ctx.batch, indices, offsets, grad)
+        if ticket is not None:
+            ticket.used = True
+            module._update(ctx.batch, indices, offsets, weights, grad)
+        return None, None, None, None, None, None, weights_grad
+
+
+class SparseLookup(torch.autograd.Function):
+    """Forward: look rows up. Backward: sparse gradients for the tables."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: TableBatchedEmbeddingBags,
+        batch: Batch,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        *tables: Tensor,
+    ) -> Tensor:
+        """Look up; ``tables`` are what the gradients will be for."""
+        ctx.module, ctx.batch, ctx.generation = module, batch, module._generation
+        ctx.save_for_backward(indices, offsets, weights)
+        return module._lookup(batch, indices, offsets, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of per_sample_weights and of the tables."""
+        module, batch = ctx.module, ctx.batch
+        if ctx.needs_input_grad[4] and ctx.generation != module._generation:
+            raise RuntimeError(
+                "the tables were updated, loaded, evicted from, converted or moved between forward "
+                "and backward, so the gradient of per_sample_weights can no longer be computed"
+            )
+        indices, offsets, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        weights_grad = None
+        if ctx.needs_input_grad[4]:
+            weights_grad = module._weight_gradients(batch, indices, offsets, grad)
+        needed = ctx.needs_input_grad[5:]
+        tables = sparse_gradients(module, batch, indices, offsets, weights, grad, needed)
+        return None, None, None, None, weights_grad, *tables
+
+
+def sparse_gradients(
+    module: TableBatchedEmbeddingBags,
+    batch: Batch,
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    grad: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """One gradient row per index, as sparse tensors of each table's shape and dtype."""
+    dims = [module.tables[t].dim for t in module._feature_tables]
+    count = offsets.numel() - 1
+    sizes = batch.batch_sizes or (count // len(dims),) * len(dims)
+    lengths = offsets.diff()
+    rows: list[list[Tensor]] = [[] for _ in module.tables]
+    values: list[list[Tensor]] = [[] for _ in module.tables]
+    bag, column, flat = 0, 0, 0
+    for table, size, dim in zip(module._feature_tables, sizes, dims, strict=True):
+        lo, hi = int(offsets[bag]), int(offsets[bag + size])
+        if module.pooling == "none":
+            value = grad.reshape(-1)[flat : flat + (hi - lo) * dim].view(-1, dim).float()
+            flat += (hi - lo) * dim
+        else:
+            if batch.batch_sizes is None:
+                pooled = grad[:, column : column + dim]
+            else:
+                pooled = grad[flat : flat + size * dim].view(size, dim)
+                flat += size * dim
+            length = lengths[bag : bag + size]
+            value = pooled.float()
+            if module.pooling == "mean":
+                value = value / length.clamp(min=1).unsqueeze(1)
+            value = value.repeat_interleave(length, dim=0)
+            if weights is not None:
+                value = value * weights.detach()[lo:hi].unsqueeze(1)
+        rows[table].append(indices[lo:hi].long())
+        values[table].append(value)
+        bag += size
+        column += dim
+    out: list[Tensor | None] = []
+    for table, (row, value_list) in enumerate(zip(rows, values, strict=True)):
+        weight = module._parameters_list[table]
+        if not needed[table]:
+            out.append(None)
+            continue
+        out.append(
+            torch.sparse_coo_tensor(
+                torch.cat(row).unsqueeze(0),
+                torch.cat(value_list).to(weight.dtype),
+                weight.shape,
+                check_invariants=False,
+            )
+        )
+    return out

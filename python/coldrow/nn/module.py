@@ -1,0 +1,707 @@
+"""Table-batched embedding bags for torch.
+
+The module owns the *clock*: the number of optimizer steps done. It ticks once per step, never on a
+forward, so an evaluation pass ages nothing. Clock and learning rates are 0-dim tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coldrow import _core
+from coldrow.functional import LAST_STEP, integer, table_key
+from coldrow.nn import checkpoint
+from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
+from coldrow.nn.table import DTYPES, State, Table, Weights, one_of
+from coldrow.policies import RowUpdate, compiled, number
+
+
+class TableBatchedEmbeddingBags(nn.Module):
+    """Several embedding tables looked up and trained together.
+
+    Calling it returns ``[B, sum of D over features]`` (pooling "sum" or "mean"); with ``batch_sizes``
+    a flat tensor, feature after feature, each ``[B_f, D_f]``; with pooling "none" ``[indices, D]``, or
+    one such tensor per feature where the tables differ in D. Empty bags give zeros.
+
+    With ``fused=True`` the backward updates the rows it reaches (no ``.grad``, no ``step()``): one
+    training forward may be outstanding, and each takes one backward. With ``fused=False`` the backward
+    leaves sparse gradients on the tables until :meth:`step`, so gradients can accumulate over several
+    forwards. In eval mode and under ``no_grad`` nothing is ever updated.
+
+    Args:
+        tables: :class:`Table` objects; names and features are unique.
+        update: what a touch does; a table's own ``update`` overrides it.
+        pooling: "sum", "mean" or "none".
+        charge: "touch": the forward reads stored rows and decay is paid when a row is updated.
+            "read": the forward reads each row with the decay it owes; the update pays.
+        device: where the tables live; this build: "cpu".
+        output_dtype: torch.float32, torch.float16 or torch.bfloat16.
+        fused: see above.
+        on_nonfinite: rows whose update would not be finite: "skip" (left alone and counted in
+            ``nonfinite_rows``; the clock ticks), "raise" (nothing is written) or "propagate".
+        validate: when bad indices are reported on a device, "deferred" or "sync"; a CPU module always
+            reports at once.
+        state_layout: "record" (one record per row) or "split" (contiguous arrays).
+
+    Attributes:
+        weights: tables by name, ``[E, D]``, live and writable.
+        grad_scale: fused gradients are divided by it; set it where the loss is scaled.
+        nonfinite_rows: rows skipped so far as non-finite.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        update: RowUpdate | None = None,
+        *,
+        pooling: str = "sum",
+        charge: str = "touch",
+        device: torch.device | str = "cpu",
+        output_dtype: torch.dtype = torch.float32,
+        fused: bool = True,
+        on_nonfinite: str = "skip",
+        validate: str = "deferred",
+        state_layout: str = "record",
+    ) -> None:
+        super().__init__()
+        update = RowUpdate() if update is None else update
+        if not isinstance(update, RowUpdate):
+            raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
+        tables = list(tables)
+        if not tables or not all(isinstance(t, Table) for t in tables):
+            raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
+        names = [t.name for t in tables]
+        self.features = [f for t in tables for f in t.features]
+        for what, listed in (("table", names), ("feature", self.features)):
+            for name in listed:
+                if listed.count(name) > 1:
+                    raise ValueError(f"tables: {what} {name!r} is given twice, accepted: once")
+        one_of("pooling", pooling, ("sum", "mean", "none"))
+        one_of("charge", charge, ("touch", "read"))
+        one_of("output_dtype", output_dtype, DTYPES)
+        one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "propagate"))
+        one_of("validate", validate, ("deferred", "sync"))
+        one_of("state_layout", state_layout, ("record", "split"))
+        device = torch.device(device)
+        if device.type != "cpu":
+            raise ValueError(
+                f"device: got {str(device)!r}, accepted: 'cpu' (this build has no CUDA support, see "
+                "coldrow.cuda.is_built())"
+            )
+        self.tables = [replace(t) for t in tables]  # dtype follows conversions of the module
+        self.update = update
+        self.pooling, self.charge, self.fused = pooling, charge, bool(fused)
+        self.output_dtype, self.on_nonfinite = output_dtype, on_nonfinite
+        self.validate, self.state_layout = validate, state_layout
+        self.grad_scale = 1.0
+        self.nonfinite_rows = 0
+
+        parameters = {}
+        for table in tables:
+            weight = torch.empty(table.num_rows, table.dim, dtype=table.dtype, device=device)
+            table.fill(weight)
+            parameters[table.name] = nn.Parameter(weight, requires_grad=not fused)
+        self.weights = Weights(parameters)
+        self._updates = [t.update or update for t in tables]
+        self._state = [
+            State(t.num_rows, u.state_names, state_layout, device)
+            for t, u in zip(tables, self._updates, strict=True)
+        ]
+        self._clock = torch.zeros((), dtype=torch.int64, device=device)
+        self._epoch_start = torch.zeros((), dtype=torch.int64, device=device)
+        # One group per distinct update, in order of the tables: its tables share a learning rate.
+        groups = list(dict.fromkeys(self._updates))
+        self._group_of = [groups.index(u) for u in self._updates]
+        self._lr = [
+            torch.full((), u.optimizer.lr, dtype=torch.float64, device=device) for u in groups
+        ]
+        self._param_groups: list[dict[str, Any]] = [{"lr": lr} for lr in self._lr]
+        self._feature_tables = [i for i, t in enumerate(tables) for _ in t.features]
+        self._outstanding: weakref.ref[Ticket] | None = None
+        self._generation = 0  # moves whenever tables change outside backward and step
+        self._optimizer: _Handle | None = None
+        self._prepare()
+
+    # ------------------------------------------------------------------------------------- build
+
+    def _prepare(self) -> None:
+        """(Re)build what is derived from tables and state; called whenever their memory moves."""
+        names = [t.name for t in self.tables]
+        self._native = _core.TableBatch(names, [table_key(n) for n in names], self._feature_tables)
+        self._compiled = [compiled(u) for u in self._updates]
+        self._anchor = torch.empty(0, requires_grad=True)  # makes autograd call the fused backward
+        self._parameters_list = [self.weights[n] for n in names]
+        for g, group in enumerate(self._param_groups):
+            group["params"] = [
+                p for p, of in zip(self._parameters_list, self._group_of, strict=True) if of == g
+            ]
+        views = [s.views() for s in self._state]
+        self._state_views = dict(zip(names, views, strict=True))
+        self._prev_iters = [v["prev_iter"] for v in views]
+        self._scalars = [
+            [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
+        ]
+        self._generation += 1
+        if self.charge == "read":
+            for p in self._parameters_list:
+                p._coldrow_read_charged = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.EmbeddingBag | nn.Embedding, update: RowUpdate | None = None, **kwargs: Any
+    ) -> TableBatchedEmbeddingBags:
+        """Return a module of one table, "weight", with a copy of an nn.EmbeddingBag's weights.
+
+        Args:
+            module: its ``mode`` becomes the pooling ("none" for nn.Embedding).
+            update: what a touch does.
+            **kwargs: passed on, e.g. ``charge="read"``.
+
+        Raises:
+            ValueError: for ``mode="max"``, ``max_norm``, ``padding_idx`` or
+                ``scale_grad_by_freq=True``, which have no counterpart.
+        """
+        if not isinstance(module, (nn.EmbeddingBag, nn.Embedding)):
+            raise TypeError(f"module: got {module!r}, accepted: an nn.EmbeddingBag or nn.Embedding")
+        pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
+        one_of("mode", pooling, ("sum", "mean", "none"))
+        for option in ("max_norm", "padding_idx", "scale_grad_by_freq"):
+            if getattr(module, option, None) not in (None, False):
+                raise ValueError(f"{option}: got {getattr(module, option)!r}, accepted: none")
+        source = module.weight.detach()
+        rows, dim = source.shape
+        emb = cls(
+            [Table("weight", rows, dim, dtype=source.dtype, init=nn.init.zeros_)],
+            update,
+            **{"pooling": pooling, **kwargs},
+        )
+        emb.tables[0].init = None  # rows evicted later are drawn anew, not zeroed
+        with torch.no_grad():
+            emb.weights["weight"].copy_(source)
+        return emb
+
+    def extra_repr(self) -> str:
+        """Describe tables and options, one table per line."""
+        lines = [
+            f"{t.name}: {t.num_rows} x {t.dim} {str(t.dtype).removeprefix('torch.')}, "
+            f"features={t.features}" + (f", update={t.update}" if t.update else "")
+            for t in self.tables
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"update={self.update}",
+                f"pooling={self.pooling!r}, charge={self.charge!r}, fused={self.fused}",
+            ]
+        )
+
+    # ------------------------------------------------------------------------------- clock and lr
+
+    @property
+    def clock(self) -> int:
+        """Optimizer steps done so far. Assignable to any value from there on, up to 2**31 - 1."""
+        return int(self._clock)
+
+    @clock.setter
+    def clock(self, value: int) -> None:
+        self._clock.fill_(integer("clock", value, self.clock, LAST_STEP))
+
+    def _next_step(self) -> int:
+        step = self.clock + 1
+        if step > LAST_STEP:
+            raise ValueError(
+                f"clock: is at {self.clock}, accepted: steps up to 2**31 - 1 (prev_iter is int32)"
+            )
+        return step
+
+    @property
+    def epoch_start(self) -> int:
+        """The first step of the running epoch, 0 before the first :meth:`new_epoch`."""
+        return int(self._epoch_start)
+
+    def new_epoch(self) -> None:
+        """Declare that the next step begins an epoch (for EpochGated and EpochReset)."""
+        self._epoch_start.fill_(self._next_step())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group per distinct update; ``group["lr"]`` is a 0-dim tensor, or whatever was put there.
+
+        For torch's schedulers pass :attr:`optimizer`.
+        """
+        return self._param_groups
+
+    def _group_lrs(self) -> Tensor:
+        """Learning rates by group, float64 ``[groups]``; takes in what was assigned to a group."""
+        for tensor, group in zip(self._lr, self._param_groups, strict=True):
+            if group["lr"] is not tensor:  # somebody put a number of their own there
+                tensor.fill_(number("lr", group["lr"]))
+                group["lr"] = tensor
+        return torch.stack(self._lr)
+
+    def _set_group_lrs(self, values: Sequence[float]) -> None:
+        for value, tensor, group in zip(values, self._lr, self._param_groups, strict=True):
+            tensor.fill_(value)
+            group["lr"] = tensor
+
+    def _lrs(self) -> tuple[float, ...]:
+        """Learning rates by table."""
+        values = self._group_lrs().tolist()
+        return tuple([values[g] for g in self._group_of])
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step (of the first group); assigning sets it for all tables."""
+        return float(self._group_lrs()[0])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._set_group_lrs([number("lr", value)] * len(self._lr))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A ``torch.optim.Optimizer`` over :attr:`param_groups`, for torch's LR schedulers.
+
+        Its ``step()`` is :meth:`step` where ``fused=False`` and does nothing where the backward has
+        already updated the tables.
+        """
+        if self._optimizer is None:
+            self._optimizer = _Handle(self)
+        return self._optimizer
+
+    # ------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        batch_sizes: Sequence[int] | None = None,
+    ) -> Any:
+        """Look up a batch.
+
+        Args:
+            indices: int32 or int64 ``[N]``: rows within each feature's table, features one after
+                another.
+            offsets: dtype of ``indices``, ``[features * B + 1]``: bag b is
+                ``indices[offsets[b]:offsets[b + 1]]``; never decreasing, from 0 to N.
+            per_sample_weights: float ``[N]``, with pooling "sum" only; differentiable.
+            batch_sizes: bags of each feature, where they differ; ``offsets`` then has
+                ``sum(batch_sizes) + 1`` entries.
+
+        Returns:
+            The pooled rows; see the class.
+
+        Raises:
+            IndexError: an index outside its table.
+            TypeError, ValueError: other bad input.
+            RuntimeError: a second training forward before the backward of the first (``fused=True``).
+        """
+        for name, value in (("indices", indices), ("offsets", offsets)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, accepted: a torch tensor")
+            if value.dim() != 1:
+                raise ValueError(
+                    f"{name}: got shape {list(value.shape)}, accepted: one dimension (concatenate "
+                    "the features; 2-D input is not supported)"
+                )
+        if offsets.numel() == 0:
+            raise ValueError("offsets: got no elements, accepted: number of bags + 1")
+        indices, offsets = indices.contiguous(), offsets.contiguous()
+        weights = per_sample_weights
+        if weights is not None:
+            if not isinstance(weights, Tensor) or not weights.is_floating_point():
+                raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
+            weights = weights.float().contiguous()
+        sizes = None
+        if batch_sizes is not None:
+            sizes = tuple(integer("batch_sizes", b, 0, 2**31 - 1) for b in batch_sizes)
+        batch = Batch(sizes, self._next_step(), self.epoch_start, self._lrs())
+
+        grad_on = torch.is_grad_enabled()
+        if not self.fused and grad_on:
+            out = SparseLookup.apply(self, batch, indices, offsets, weights, *self._parameters_list)
+        elif grad_on and (self.training or (weights is not None and weights.requires_grad)):
+            ticket = self._take_ticket() if self.training else None
+            anchor = self._anchor if self.training else self._anchor.detach()
+            out = FusedLookup.apply(anchor, self, ticket, batch, indices, offsets, weights)
+            if ticket is not None:
+                self._outstanding = weakref.ref(ticket)
+        else:
+            out = self._lookup(batch, indices, offsets, weights)
+        return self._shape(out, offsets, sizes)
+
+    def _take_ticket(self) -> Ticket:
+        outstanding = self._outstanding() if self._outstanding is not None else None
+        if outstanding is None or outstanding.used:
+            return Ticket()
+        if torch._C._current_graph_task_id() != -1:
+            return (
+                outstanding  # activation checkpointing runs the forward again inside its backward
+            )
+        raise RuntimeError(
+            "a training forward of these tables is waiting for its backward, which will update them; "
+            "a fused module takes one forward per step. Build it with fused=False for several "
+            "forwards per step, run forwards that need no gradient in eval mode or under no_grad, or "
+            "drop the first one's result (del loss) if its backward will not come."
+        )
+
+    def _shape(self, out: Tensor, offsets: Tensor, sizes: tuple[int, ...] | None) -> Any:
+        if self.pooling != "none":
+            return out
+        dims = [self.tables[t].dim for t in self._feature_tables]
+        if len(set(dims)) == 1:
+            return out.view(-1, dims[0])
+        bags = (offsets.numel() - 1) // len(dims)
+        ends = [0]
+        for size in sizes or [bags] * len(dims):
+            ends.append(ends[-1] + size)
+        at = offsets[torch.tensor(ends)].tolist()
+        counts = [b - a for a, b in itertools.pairwise(at)]
+        parts = out.split([n * d for n, d in zip(counts, dims, strict=True)])
+        return [part.view(-1, d) for part, d in zip(parts, dims, strict=True)]
+
+    def _lookup(
+        self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        dims = [self.tables[t].dim for t in self._feature_tables]
+        features = len(dims)
+        shape: tuple[int, ...]
+        if self.pooling == "none":
+            if len(set(dims)) == 1:
+                shape = (indices.numel() * dims[0],)
+            else:
+                shape = (self._count_unpooled(indices.numel(), offsets, batch.batch_sizes, dims),)
+        elif batch.batch_sizes is not None:
+            if len(batch.batch_sizes) != features:
+                raise ValueError(
+                    f"batch_sizes: got {len(batch.batch_sizes)} sizes, accepted: one per feature "
+                    f"({features})"
+                )
+            shape = (sum(b * d for b, d in zip(batch.batch_sizes, dims, strict=True)),)
+        else:
+            shape = (max(offsets.numel() - 1, 0) // features, sum(dims))
+        out = torch.empty(shape, dtype=self.output_dtype)
+        self._native.lookup(
+            self._parameters_list,
+            self._prev_iters,
+            self._compiled,
+            batch.lrs,
+            indices,
+            offsets,
+            None if weights is None else weights.detach(),
+            batch.batch_sizes,
+            self.pooling,
+            self.charge == "read",
+            batch.step,
+            batch.epoch_start,
+            out,
+        )
+        return out
+
+    def _count_unpooled(
+        self, positions: int, offsets: Tensor, sizes: tuple[int, ...] | None, dims: Sequence[int]
+    ) -> int:
+        bags = (offsets.numel() - 1) // len(dims)
+        first, total = 0, 0
+        for size, dim in zip(sizes or [bags] * len(dims), dims, strict=True):
+            if first + size >= offsets.numel():
+                break  # the binding says what is wrong
+            total += int(offsets[first + size] - offsets[first]) * dim
+            first += size
+        return min(max(total, 0), positions * max(dims))  # bad offsets are the binding's to report
+
+    # ----------------------------------------------------------------------------------- backward
+
+    def _weight_gradients(
+        self, batch: Batch, indices: Tensor, offsets: Tensor, grad: Tensor
+    ) -> Tensor:
+        out = torch.empty(indices.numel(), dtype=torch.float32)
+        self._native.weight_gradients(
+            self._parameters_list,
+            self._prev_iters,
+            self._compiled,
+            batch.lrs,
+            indices,
+            offsets,
+            batch.batch_sizes,
+            self.pooling,
+            self.charge == "read",
+            batch.step,
+            batch.epoch_start,
+            grad,
+            out,
+        )
+        return out
+
+    def _update(
+        self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None, grad: Tensor
+    ) -> None:
+        if self.grad_scale != 1.0:
+            grad = grad / number("grad_scale", self.grad_scale, low_open=True)
+        step = self._next_step()
+        self.nonfinite_rows += self._native.update(
+            self._parameters_list,
+            self._scalars,
+            self._prev_iters,
+            self._compiled,
+            self._lrs(),
+            indices,
+            offsets,
+            weights,
+            batch.batch_sizes,
+            self.pooling,
+            step,
+            self.epoch_start,
+            grad,
+            self.on_nonfinite,
+        )
+        self._tick()
+
+    def _tick(self) -> None:
+        self._clock += 1
+        torch.autograd.graph.increment_version(self._parameters_list)
+
+    def step(self) -> None:
+        """Apply the gradients that backwards left on the tables (``fused=False``), and tick the clock.
+
+        Gradients stay where they are until :meth:`zero_grad`, as with torch's optimizers. A table
+        without a gradient is not touched.
+
+        Raises:
+            RuntimeError: if the module is fused.
+            TypeError: a gradient that is not sparse.
+            ValueError: a non-finite update under ``on_nonfinite="raise"``; no table was written.
+        """
+        if self.fused:
+            raise RuntimeError(
+                "step(): these tables are updated by backward; build with fused=False"
+            )
+        step, lrs, epoch_start = self._next_step(), self._lrs(), self.epoch_start
+        calls = []
+        for i, p in enumerate(self._parameters_list):
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.sparse_coo:
+                raise TypeError(
+                    f"weights.{self.tables[i].name}.grad: got layout {p.grad.layout}, accepted: "
+                    "sparse gradients, as this module's backward makes them"
+                )
+            calls.append((i, p.grad._values().contiguous(), p.grad._indices()[0].contiguous()))
+
+        def run(on_nonfinite: str, check_only: bool) -> int:
+            skipped = 0
+            for i, values, rows in calls:
+                skipped += _core.apply(
+                    self._compiled[i],
+                    self._parameters_list[i],
+                    values,
+                    rows,
+                    self._scalars[i],
+                    self._prev_iters[i],
+                    step,
+                    lrs[i],
+                    epoch_start,
+                    on_nonfinite,
+                    table_key(self.tables[i].name),
+                    0,
+                    0,
+                    False,
+                    check_only,
+                )
+            return skipped
+
+        run(self.on_nonfinite, True)  # all tables are checked before the first is written
+        self.nonfinite_rows += run(
+            "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
+        )
+        self._tick()
+        self._generation += 1
+
+    # ------------------------------------------------------------------------------ rows and state
+
+    def _index_of(self, name: str) -> int:
+        for i, table in enumerate(self.tables):
+            if table.name == name:
+                return i
+        raise KeyError(f"table: got {name!r}, accepted: {', '.join(t.name for t in self.tables)}")
+
+    @property
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Live, writable views of the optimizer state: ``state["user"]["momentum1"]``, ``[rows]``."""
+        return self._state_views
+
+    def _rows(self, table: int, rows: Tensor | Sequence[int] | None) -> Tensor:
+        if rows is None:
+            return torch.arange(self.tables[table].num_rows)
+        rows = torch.as_tensor(rows)
+        if rows.numel() == 0:
+            return torch.empty(0, dtype=torch.int64)
+        if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
+            raise TypeError(
+                f"rows: got {rows.dtype} of shape {list(rows.shape)}, accepted: int32 or int64 [n]"
+            )
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= self.tables[table].num_rows:
+            raise IndexError(
+                f"rows: got {low if low < 0 else high}, accepted: 0 to "
+                f"{self.tables[table].num_rows - 1}"
+            )
+        return rows.contiguous()
+
+    def read(self, name: str, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return rows as a forward would read them now, changing nothing.
+
+        Args:
+            name: the table.
+            rows: int32 or int64 ``[n]``; default all.
+
+        Returns:
+            ``[n, D]`` of ``output_dtype``; with ``charge="read"`` the decay owed is charged.
+        """
+        t = self._index_of(name)
+        rows = self._rows(t, rows)
+        out = torch.empty(rows.numel(), self.tables[t].dim, dtype=self.output_dtype)
+        if self.charge == "touch":
+            return out.copy_(self._parameters_list[t].detach().index_select(0, rows))
+        _core.read(
+            self._compiled[t],
+            out,
+            self._parameters_list[t],
+            rows,
+            self._prev_iters[t],
+            self._next_step(),
+            self._lrs()[t],
+            self.epoch_start,
+        )
+        return out
+
+    def cold_rows(self, name: str, min_gap: int) -> Tensor:
+        """Return the rows (int64 ``[n]``, ascending) untouched for at least ``min_gap`` steps.
+
+        A row never touched counts as untouched since step 0.
+        """
+        min_gap = integer("min_gap", min_gap, 0, LAST_STEP)
+        prev_iter = self._prev_iters[self._index_of(name)]
+        return (prev_iter <= self.clock - min_gap).nonzero().squeeze(1)
+
+    def evict(self, name: str, rows: Tensor | Sequence[int]) -> None:
+        """Re-initialise rows with the table's initialiser and zero their state."""
+        t = self._index_of(name)
+        rows = self._rows(t, rows).long()
+        fresh = torch.empty(rows.numel(), self.tables[t].dim, dtype=self._parameters_list[t].dtype)
+        self.tables[t].fill(fresh)
+        self._parameters_list[t].detach()[rows] = fresh
+        for view in self._state_views[name].values():
+            view[rows] = 0
+        self._generation += 1
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state of all tables (weights not counted)."""
+        return sum(m.numel() * m.element_size() for s in self._state for m in s.memory)
+
+    def check(self) -> None:
+        """Raise what a deferred check found. A CPU module has raised already: does nothing."""
+
+    # -------------------------------------------------------------------------------- conversions
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        probe = fn(torch.empty(0, dtype=torch.float32))
+        if probe.device.type != "cpu":
+            raise ValueError(
+                f"device: got {str(probe.device)!r}, accepted: 'cpu' (this build has no CUDA support)"
+            )
+        if probe.dtype not in DTYPES:
+            raise TypeError(
+                f"dtype: got {probe.dtype}, accepted: float32, float16, bfloat16 for the tables"
+            )
+        super()._apply(fn, recurse)
+        for state in self._state:
+            state.move(fn)
+        for table in self.tables:
+            table.dtype = self.weights[table.name].dtype
+        self._prepare()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = (
+            "_native",
+            "_compiled",
+            "_anchor",
+            "_parameters_list",
+            "_state_views",
+            "_prev_iters",
+            "_scalars",
+            "_outstanding",
+            "_optimizer",
+        )
+        return {k: v for k, v in self.__dict__.items() if k not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._outstanding = None
+        self._optimizer = None
+        for tensor, group in zip(self._lr, self._param_groups, strict=True):
+            group["lr"] = tensor
+        self._prepare()
+
+    # --------------------------------------------------------------------------------- state_dict
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        checkpoint.save(self, destination, prefix)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the policies, as plain values, for ``state_dict``."""
+        return checkpoint.policies(self)
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Do nothing: policies were compared before anything was loaded."""
+
+    def _load_from_state_dict(  # all or nothing, see checkpoint.load
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if checkpoint.load(self, state_dict, prefix, strict, missing_keys, error_msgs):
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+            self._generation += 1
+
+
+class _Handle(torch.optim.Optimizer):
+    """A module's param_groups in the shape that torch's LR schedulers ask for."""
+
+    def __init__(self, module: TableBatchedEmbeddingBags) -> None:
+        super().__init__([{"params": g["params"]} for g in module.param_groups], {})
+        self.param_groups = module.param_groups
+        self._module = weakref.ref(module)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Run the module's step where its backward did not update the tables already."""
+        if closure is not None:
+            raise TypeError("closure: accepted: none")
+        module = self._module()
+        if module is not None and not module.fused:
+            module.step()

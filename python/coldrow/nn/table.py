@@ -1,0 +1,138 @@
+"""What a table is made of: its description, its parameter and its optimizer state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coldrow.functional import integer
+from coldrow.policies import RowUpdate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Init = Callable[[Tensor], Any]
+
+
+def one_of(name: str, given: Any, accepted: Sequence[Any]) -> None:
+    """Raise unless ``given`` is among ``accepted``."""
+    if given not in accepted:
+        raise ValueError(f"{name}: got {given!r}, accepted: {', '.join(map(repr, accepted))}")
+
+
+@dataclass
+class Table:
+    """One embedding table.
+
+    Args:
+        name: unique, without dots; names the table in ``state_dict`` and in stochastic rounding.
+        num_rows: E >= 1.
+        dim: D >= 1.
+        dtype: torch.float32, torch.float16 or torch.bfloat16.
+        features: names of the features looked up in it; default: one, named as the table.
+        init: called on the ``[rows, dim]`` tensor to fill it; default uniform in +-1/sqrt(dim).
+        update: overrides the module's update for this table.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    dtype: torch.dtype = torch.float32
+    features: list[str] = field(default_factory=list)
+    init: Init | None = None
+    update: RowUpdate | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or "." in self.name:
+            raise ValueError(f"name: got {self.name!r}, accepted: a non-empty string without dots")
+        self.num_rows = integer("num_rows", self.num_rows, 1, 2**62)
+        self.dim = integer("dim", self.dim, 1, 2**30)
+        one_of("dtype", self.dtype, DTYPES)
+        if isinstance(self.features, str):
+            raise TypeError(f"features: got {self.features!r}, accepted: a list of names")
+        self.features = list(self.features) or [self.name]
+        if self.init is not None and not callable(self.init):
+            raise TypeError(f"init: got {self.init!r}, accepted: a callable on a tensor")
+        if self.update is not None and not isinstance(self.update, RowUpdate):
+            raise TypeError(f"update: got {self.update!r}, accepted: a coldrow.RowUpdate")
+
+    def fill(self, weight: Tensor) -> None:
+        """Initialise ``weight`` (some rows of this table, ``[n, dim]``) in place."""
+        with torch.no_grad():
+            if self.init is None:
+                bound = 1.0 / math.sqrt(self.dim)
+                weight.uniform_(-bound, bound)
+            else:
+                self.init(weight)
+
+
+class Weights(nn.Module):
+    """Parameters by table name. (nn.ParameterDict refuses names such as "items" or "type".)"""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters.update(parameters)
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters
+
+    def keys(self) -> Iterator[str]:
+        """Table names."""
+        return iter(self)
+
+    def values(self) -> Iterator[nn.Parameter]:
+        """Tables."""
+        return (self[name] for name in self)
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and tables."""
+        return ((name, self[name]) for name in self)
+
+
+class State:
+    """Optimizer state of one table, kept as int32 memory that no dtype conversion touches.
+
+    layout "record": one ``[rows, 1 + scalars]`` array, so that prev_iter and momentum1 of a row share
+    a cache line; "split": one array each.
+    """
+
+    def __init__(self, rows: int, names: Sequence[str], layout: str, device: torch.device) -> None:
+        self.names = tuple(names)  # prev_iter first
+        shape = (rows, len(self.names))
+        self.memory = (
+            [torch.zeros(shape, dtype=torch.int32, device=device)]
+            if layout == "record"
+            else [torch.zeros(rows, dtype=torch.int32, device=device) for _ in self.names]
+        )
+
+    def views(self) -> dict[str, Tensor]:
+        """Live views by name: prev_iter int32, the others float32, ``[rows]`` each."""
+        columns = list(self.memory[0].unbind(1)) if len(self.memory) == 1 else self.memory
+        if len(self.names) == 1:
+            columns = [self.memory[0].reshape(-1)]
+        return {
+            name: column if name == "prev_iter" else column.view(torch.float32)
+            for name, column in zip(self.names, columns, strict=True)
+        }
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module conversion that moves memory; refuse to be converted by one that casts."""
+        moved = [fn(m) for m in self.memory]
+        self.memory = [
+            new if new.dtype == torch.int32 else old.to(new.device)
+            for old, new in zip(self.memory, moved, strict=True)
+        ]

@@ -1,0 +1,272 @@
+"""Optimizers for ``nn.Embedding`` and ``nn.EmbeddingBag`` with ``sparse=True``.
+
+Decay is charged on touch. For read charging the forward must know the clock: use :mod:`coldrow.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coldrow import _core
+from coldrow.functional import LAST_STEP, init_state, integer
+from coldrow.policies import (
+    LinearClipped,
+    Nearest,
+    Rounding,
+    RowUpdate,
+    RowwiseRMSprop,
+    compiled,
+    number,
+)
+
+__all__ = ["RowwiseRMSpropAR", "SparseOptimizer"]
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Applies a :class:`coldrow.RowUpdate` to the rows that sparse gradients touch.
+
+    The clock ticks once per :meth:`step`. Duplicate rows in a gradient are summed first. Each group's
+    ``lr`` and ``update`` may be given per group; torch's LR schedulers work on ``lr``.
+
+    Args:
+        params: embedding weights ``[E, D]`` (float32, float16 or bfloat16) or param groups.
+        update: what a touch does.
+        lr: default ``update.optimizer.lr``.
+        on_nonfinite: rows whose update would not be finite: "skip" (counted in ``nonfinite_rows``),
+            "raise" (nothing is written) or "propagate".
+
+    Raises:
+        TypeError, ValueError: a parameter or option that is not accepted.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        update: RowUpdate,
+        *,
+        lr: float | Tensor | None = None,
+        on_nonfinite: str = "skip",
+    ) -> None:
+        if not isinstance(update, RowUpdate):
+            raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
+        self._start(on_nonfinite)
+        super().__init__(
+            params, {"lr": update.optimizer.lr if lr is None else lr, "update": update}
+        )
+
+    def _start(self, on_nonfinite: str) -> None:
+        if on_nonfinite not in ("skip", "raise", "propagate"):
+            raise ValueError(
+                f"on_nonfinite: got {on_nonfinite!r}, accepted: 'skip', 'raise', 'propagate'"
+            )
+        self.on_nonfinite = on_nonfinite
+        self.nonfinite_rows = 0
+        self._clock = torch.zeros((), dtype=torch.int64)
+        self._epoch_start = torch.zeros((), dtype=torch.int64)
+
+    def _update_of(self, group: dict[str, Any]) -> RowUpdate:
+        """Return the update of a group, checked."""
+        update = group["update"]
+        if not isinstance(update, RowUpdate):
+            raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
+        return update
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checking its options and parameters."""
+        number("lr", param_group.get("lr", self.defaults["lr"]))
+        self._update_of({**self.defaults, **param_group})
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for p in params:
+            if not isinstance(p, Tensor) or p.dim() != 2:
+                shape = list(p.shape) if isinstance(p, Tensor) else type(p).__name__
+                raise ValueError(f"params: got {shape}, accepted: embedding weights [E, D]")
+            if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise TypeError(
+                    f"params: got dtype {p.dtype}, accepted: float32, float16, bfloat16"
+                )
+            if getattr(p, "_coldrow_read_charged", False):
+                raise ValueError(
+                    "params: got a table of a read-charged module, accepted: touch charging only; "
+                    "the module's own step() knows its clock"
+                )
+        super().add_param_group({**param_group, "params": params})
+
+    @property
+    def clock(self) -> int:
+        """Steps done so far. Assignable to any value from there on, up to 2**31 - 1."""
+        return int(self._clock)
+
+    @clock.setter
+    def clock(self, value: int) -> None:
+        self._clock.fill_(integer("clock", value, self.clock, LAST_STEP))
+
+    def new_epoch(self) -> None:
+        """Declare that the next step begins an epoch (for EpochGated and EpochReset)."""
+        self._epoch_start.fill_(self.clock + 1)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply the gradients; returns the closure's loss, if there is one.
+
+        Raises:
+            TypeError: a gradient that is not sparse.
+            ValueError: a non-finite update under ``on_nonfinite="raise"``, or a clock at its end.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        step = integer("step", self.clock + 1, 1, LAST_STEP)
+        calls = []
+        key = -1
+        for group in self.param_groups:
+            update, lr = self._update_of(group), number("lr", group["lr"])
+            for p in group["params"]:
+                key += 1
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.sparse_coo or p.grad.sparse_dim() != 1:
+                    raise TypeError(
+                        f"grad: got layout {p.grad.layout}, accepted: sparse gradients (build the "
+                        "nn.Embedding or nn.EmbeddingBag with sparse=True)"
+                    )
+                calls.append((key, p, update, lr))
+
+        def run(on_nonfinite: str, check_only: bool) -> int:
+            skipped = 0
+            for table, p, update, lr in calls:
+                if not self.state[p]:
+                    self.state[p].update(init_state(update, p.shape[0], p.shape[1], p))
+                state = self.state[p]
+                skipped += _core.apply(
+                    compiled(update),
+                    p,
+                    p.grad._values().contiguous(),
+                    p.grad._indices()[0].contiguous(),
+                    [state[n] for n in update.state_names if n != "prev_iter"],
+                    state["prev_iter"],
+                    step,
+                    lr,
+                    int(self._epoch_start),
+                    on_nonfinite,
+                    table,
+                    0,
+                    0,
+                    False,
+                    check_only,
+                )
+            return skipped
+
+        run(self.on_nonfinite, True)  # all tables are checked before the first is written
+        self.nonfinite_rows += run(
+            "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
+        )
+        torch.autograd.graph.increment_version([p for _, p, _, _ in calls])
+        self._clock += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state, param groups, clock and epoch start; policies as plain values."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for key, value in group.items():
+                if isinstance(value, RowUpdate):
+                    group[key] = value.to_dict()
+                elif isinstance(value, Rounding):
+                    group[key] = RowUpdate(rounding=value).to_dict()
+        saved["clock"] = self._clock.clone()
+        saved["epoch_start"] = self._epoch_start.clone()
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: state that does not fit the parameters.
+        """
+        state_dict = dict(state_dict)
+        clock, epoch_start = state_dict.pop("clock"), state_dict.pop("epoch_start")
+        groups = []
+        for group in state_dict["param_groups"]:
+            group = dict(group)
+            for key, value in group.items():
+                if isinstance(value, dict) and value.get("policy") == "RowUpdate":
+                    update = RowUpdate.from_dict(value)
+                    group[key] = update if key == "update" else update.rounding
+            groups.append(group)
+        state_dict["param_groups"] = groups
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=False):
+            for name, value in state_dict["state"].get(i, {}).items():
+                want = torch.int32 if name == "prev_iter" else torch.float32
+                if value.shape[0] != p.shape[0] or value.dtype != want:
+                    raise ValueError(
+                        f"state {name}: got {value.dtype} {list(value.shape)}, accepted: {want} "
+                        f"[{p.shape[0]}]"
+                    )
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; ours has its own.
+        for i, p in zip(ids, params, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = {n: v.clone() for n, v in state_dict["state"][i].items()}
+        self._clock.copy_(clock)
+        self._epoch_start.copy_(epoch_start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("on_nonfinite", "nonfinite_rows", "_clock", "_epoch_start")
+        return {**super().__getstate__(), **{k: self.__dict__[k] for k in own}}
+
+
+class RowwiseRMSpropAR(SparseOptimizer):
+    """Row-wise RMSprop with adaptive regularization, charged on touch (FBGEMM's ROWWISE_RMSPROP_AR).
+
+    ``w = max(min_shrinkage, 1 - min(1, lr*ar_alpha*I)) * w - lr/(sqrt(momentum1)+eps) * g`` with ``I``
+    the number of steps since the row was last touched; see :func:`coldrow.rowwise_rmsprop_ar_`. Every
+    option may be set per param group.
+
+    Args:
+        params: embedding weights ``[E, D]`` or param groups.
+        lr: learning rate, >= 0.
+        ar_alpha: >= 0; 0 is plain row-wise RMSprop.
+        eps: >= 0.
+        ema_beta: in [0, 1].
+        min_shrinkage: in [0, 1].
+        rounding: default :class:`coldrow.Nearest`; use :class:`coldrow.Stochastic` for 16-bit tables.
+        on_nonfinite: as for :class:`SparseOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.01,
+        ar_alpha: float = 0.0,
+        eps: float = 1e-8,
+        ema_beta: float = 0.99,
+        min_shrinkage: float = 0.1,
+        rounding: Rounding | None = None,
+        *,
+        on_nonfinite: str = "skip",
+    ) -> None:
+        self._start(on_nonfinite)
+        defaults = {
+            "lr": lr,
+            "ar_alpha": ar_alpha,
+            "eps": eps,
+            "ema_beta": ema_beta,
+            "min_shrinkage": min_shrinkage,
+            "rounding": Nearest() if rounding is None else rounding,
+        }
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def _update_of(self, group: dict[str, Any]) -> RowUpdate:
+        return RowUpdate(
+            RowwiseRMSprop(eps=group["eps"], ema_beta=group["ema_beta"]),
+            LinearClipped(number("ar_alpha", group["ar_alpha"]), group["min_shrinkage"]),
+            group["rounding"],
+        )

@@ -1,0 +1,410 @@
+"""Policies: what an update is composed of.
+
+A :class:`RowUpdate` is an optimizer, a decay schedule and a rounding, each a frozen dataclass: equal
+by value, hashable, picklable. The formulas are in ``include/coldrow/policy``; nothing is computed
+here. With ``I`` the number of optimizer steps since a row was last touched, a touch does::
+
+    shrink = decay(I, lr)
+    w      = round(shrink * w - optimizer's step)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coldrow import _core
+
+__all__ = [
+    "Constant",
+    "CumulativeLinear",
+    "Decay",
+    "EpochGated",
+    "EpochReset",
+    "Exponential",
+    "LinearClipped",
+    "Nearest",
+    "NoDecay",
+    "Optimizer",
+    "Rounding",
+    "RowUpdate",
+    "RowwiseRMSprop",
+    "Stochastic",
+]
+
+_LARGEST_FLOAT32 = 3.4028234e38
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = _LARGEST_FLOAT32,
+    low_open: bool = False,
+) -> float:
+    """Return ``value`` as a float, or raise naming the argument, what was given and what is accepted."""
+    bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
+        f" and <= {high:g}" if high < _LARGEST_FLOAT32 else " and finite"
+    )
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name}: got {value!r}, accepted: {bounds}")
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, accepted: {bounds}") from None
+    if not (low <= x <= high) or (low_open and x == low):
+        raise ValueError(f"{name}: got {value!r}, accepted: {bounds}")
+    return x
+
+
+class _Policy:
+    """What all policies share: numbers are checked and turned into floats on construction."""
+
+    def _check(self, name: str, **bounds: Any) -> None:
+        object.__setattr__(self, name, number(name, getattr(self, name), **bounds))
+
+
+class Optimizer(_Policy):
+    """Base class of optimizers."""
+
+    lr: float
+
+
+class Decay(_Policy):
+    """Base class of decay schedules: a factor in [0, 1] by which a row shrinks after ``gap`` steps."""
+
+    def _native(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Rounding(_Policy):
+    """Base class of roundings: how a float32 result becomes a stored weight."""
+
+
+@dataclass(frozen=True)
+class RowwiseRMSprop(Optimizer):
+    """Row-wise RMSprop: one float32 second moment (``momentum1``) per row.
+
+    ``v = ema_beta * v + (1 - ema_beta) * mean(g**2)``, ``w -= lr / (sqrt(v) + eps) * g``
+
+    Args:
+        lr: learning rate, >= 0.
+        eps: added to the square root, >= 0.
+        ema_beta: decay of the second moment, in [0, 1].
+    """
+
+    lr: float = 0.01
+    eps: float = 1e-8
+    ema_beta: float = 0.99
+
+    def __post_init__(self) -> None:
+        self._check("lr")
+        self._check("eps")
+        self._check("ema_beta", high=1.0)
+
+
+@dataclass(frozen=True)
+class NoDecay(Decay):
+    """Factor 1: the plain optimizer."""
+
+    def _native(self) -> dict[str, Any]:
+        return {"decay": "none"}
+
+
+@dataclass(frozen=True)
+class LinearClipped(Decay):
+    """``max(min_shrinkage, 1 - clip(lr*alpha*I, 0, 1))``: FBGEMM's adaptive regularization, exactly.
+
+    Args:
+        alpha: strength per step and unit of lr, >= 0. With 0 the update is bit for bit the plain one.
+        min_shrinkage: the factor never falls below it, in [0, 1]; 0 lets a cold row reset to zero.
+    """
+
+    alpha: float
+    min_shrinkage: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("alpha")
+        self._check("min_shrinkage", high=1.0)
+
+    def _native(self) -> dict[str, Any]:
+        return {
+            "decay": "linear_clipped",
+            "alpha": self.alpha,
+            "min_shrinkage": self.min_shrinkage,
+        }
+
+
+@dataclass(frozen=True)
+class CumulativeLinear(Decay):
+    """``prod_{j=1}^{I-1} (1 - min(1, alpha*j))``, about ``2**-(I/half_life)**2``.
+
+    The paper's adaptive regularization run densely, evaluated lazily: flat for recently touched rows,
+    then steep. Neither lr nor a floor enters.
+
+    Args:
+        alpha: strength, >= 0. Give this or ``half_life``.
+        half_life: steps after which a row has halved, > 0; ``alpha = 2 ln 2 / half_life**2``.
+    """
+
+    alpha: float | None = None
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        _exactly_one(self, "alpha", "half_life")
+
+    @classmethod
+    def for_epoch(cls, steps_per_epoch: float) -> CumulativeLinear:
+        """Return the default without an epoch signal: half-life 0.3 of an epoch."""
+        return cls(half_life=0.3 * number("steps_per_epoch", steps_per_epoch, low_open=True))
+
+    def _native(self) -> dict[str, Any]:
+        if self.half_life is not None:
+            return {"decay": "cumulative_linear", "alpha": 2 * math.log(2) / self.half_life**2}
+        return {"decay": "cumulative_linear", "alpha": self.alpha}
+
+    def __repr__(self) -> str:
+        return _repr_given(self)
+
+
+@dataclass(frozen=True)
+class Exponential(Decay):
+    """``max(0, 1 - lr*weight_decay)**I``, or ``2**-(I/half_life)``.
+
+    The first form is decoupled (AdamW) weight decay evaluated lazily. It charges a whole gap at the lr
+    of the step that pays, so it equals the dense decay while lr is constant.
+
+    Args:
+        weight_decay: >= 0. Give this or ``half_life``.
+        half_life: steps after which a row has halved, > 0.
+    """
+
+    weight_decay: float | None = None
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        _exactly_one(self, "weight_decay", "half_life")
+
+    def _native(self) -> dict[str, Any]:
+        return {
+            "decay": "exponential",
+            "weight_decay": self.weight_decay or 0.0,
+            "half_life": self.half_life or 0.0,
+        }
+
+    def __repr__(self) -> str:
+        return _repr_given(self)
+
+
+@dataclass(frozen=True)
+class Constant(Decay):
+    """``max(0, 1 - lr*weight_decay)`` whatever the gap: decoupled weight decay on touched rows only.
+
+    Args:
+        weight_decay: >= 0.
+    """
+
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        self._check("weight_decay")
+
+    def _native(self) -> dict[str, Any]:
+        return {"decay": "constant", "weight_decay": self.weight_decay}
+
+
+@dataclass(frozen=True)
+class EpochGated(Decay):
+    """``decay`` for rows last touched before the running epoch, else 1.
+
+    The first epoch is left alone; each later one starts from faded rows. An epoch starts where
+    ``new_epoch()`` (or ``epoch_start``) says so; if nothing says so, nothing ever decays.
+
+    Args:
+        decay: any schedule but another epoch-aware one.
+    """
+
+    decay: Decay
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.decay, Decay) or isinstance(self.decay, (EpochGated, EpochReset)):
+            raise TypeError(
+                f"decay: got {self.decay!r}, accepted: a decay that is not epoch-aware itself"
+            )
+
+    @classmethod
+    def for_epoch(cls, steps_per_epoch: float) -> EpochGated:
+        """Return the default with an epoch signal: CumulativeLinear, half-life 0.05 of an epoch."""
+        half_life = 0.05 * number("steps_per_epoch", steps_per_epoch, low_open=True)
+        return cls(CumulativeLinear(half_life=half_life))
+
+    def _native(self) -> dict[str, Any]:
+        return {**self.decay._native(), "epoch_gated": True}
+
+
+@dataclass(frozen=True)
+class EpochReset(Decay):
+    """0 for rows last touched before the running epoch, else 1.
+
+    Re-initialises tables at each epoch, row by row as they are read or touched. For tables whose
+    initial value is zero.
+    """
+
+    def _native(self) -> dict[str, Any]:
+        return {"decay": "epoch_reset"}
+
+
+@dataclass(frozen=True)
+class Nearest(Rounding):
+    """Round to nearest, ties to even.
+
+    In 16 bits small decay vanishes: in bfloat16 any factor above about 1 - 2**-9 rounds back to the
+    same weight. Use :class:`Stochastic` there.
+    """
+
+
+@dataclass(frozen=True)
+class Stochastic(Rounding):
+    """Round up with a probability equal to the fraction dropped: unbiased in bfloat16 and float16.
+
+    The random bits are a function of (seed, step, table, global row, global column), so a run repeats
+    bit for bit whatever the number of threads. float32 tables are stored exactly as with Nearest.
+
+    Args:
+        seed: an integer from 0 to 2**64 - 1.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1")
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """An update: optimizer, decay and rounding composed.
+
+    Args:
+        optimizer: an :class:`Optimizer`. Its lr is the initial one; modules, optimizers and the
+            ``lr=`` of functions override it.
+        decay: a :class:`Decay`.
+        rounding: a :class:`Rounding`.
+        decay_state: multiply the row's optimizer state by the same factor before it is updated.
+    """
+
+    optimizer: Optimizer = RowwiseRMSprop()
+    decay: Decay = NoDecay()
+    rounding: Rounding = Nearest()
+    decay_state: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("optimizer", Optimizer), ("decay", Decay), ("rounding", Rounding)):
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                raise TypeError(
+                    f"{name}: got {given!r}, accepted: an instance of coldrow.{kind.__name__}"
+                )
+        if not isinstance(self.decay_state, bool):
+            raise TypeError(f"decay_state: got {self.decay_state!r}, accepted: True or False")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state arrays this update needs: prev_iter and the optimizer's."""
+        return ("prev_iter", *compiled(self).scalar_states)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the composition as plain values (for checkpoints)."""
+
+        def plain(policy: Any) -> dict[str, Any]:
+            fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+            values = {k: plain(v) if isinstance(v, _Policy) else v for k, v in fields.items()}
+            return {"policy": type(policy).__name__, **values}
+
+        return plain(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RowUpdate:
+        """Return the update that :meth:`to_dict` described."""
+
+        def build(described: Mapping[str, Any]) -> Any:
+            kind = _BY_NAME.get(described.get("policy", ""))
+            if kind is None:
+                raise ValueError(
+                    f"policy: got {described.get('policy')!r}, accepted: {', '.join(_BY_NAME)}"
+                )
+            fields = {k: v for k, v in described.items() if k != "policy"}
+            return kind(**{k: build(v) if isinstance(v, Mapping) else v for k, v in fields.items()})
+
+        update: RowUpdate = build(values)
+        return update
+
+
+_BY_NAME: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        RowUpdate,
+        RowwiseRMSprop,
+        NoDecay,
+        LinearClipped,
+        CumulativeLinear,
+        Exponential,
+        Constant,
+        EpochGated,
+        EpochReset,
+        Nearest,
+        Stochastic,
+    )
+}
+
+
+def _exactly_one(policy: _Policy, rate: str, half_life: str) -> None:
+    given = [n for n in (rate, half_life) if getattr(policy, n) is not None]
+    if len(given) != 1:
+        raise TypeError(
+            f"{type(policy).__name__}: got {' and '.join(given) or 'neither'}, "
+            f"accepted: exactly one of {rate} and {half_life}"
+        )
+    policy._check(given[0], low_open=given[0] == half_life)
+
+
+def _repr_given(policy: Any) -> str:
+    given = [
+        f"{f.name}={getattr(policy, f.name)!r}"
+        for f in dataclasses.fields(policy)
+        if getattr(policy, f.name) is not None
+    ]
+    return f"{type(policy).__name__}({', '.join(given)})"
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(update: RowUpdate) -> _core.Update:
+    """Return the compiled form of an update (cached by value)."""
+    optimizer = update.optimizer
+    if not isinstance(optimizer, RowwiseRMSprop):
+        raise TypeError(f"optimizer: got {optimizer!r}, accepted: RowwiseRMSprop")
+    decay = {
+        "epoch_gated": False,
+        "alpha": 0.0,
+        "min_shrinkage": 0.0,
+        "weight_decay": 0.0,
+        "half_life": 0.0,
+        **update.decay._native(),
+    }
+    stochastic = isinstance(update.rounding, Stochastic)
+    return _core.Update(
+        optimizer="rowwise_rmsprop",
+        eps=optimizer.eps,
+        ema_beta=optimizer.ema_beta,
+        **decay,
+        rounding="stochastic" if stochastic else "nearest",
+        seed=update.rounding.seed if isinstance(update.rounding, Stochastic) else 0,
+        decay_state=update.decay_state,
+    )
