@@ -106,7 +106,7 @@ void fill(Array& a, const dltensor& t) {
     throw nb::value_error((std::string(a.name) + ": is not aligned to its element size").c_str());
   }
   for (int i = 0; i < a.ndim; ++i) {
-    if (a.strides[i] == 0 && a.shape[i] > 1) {
+    if (a.strides[i] == 0 && a.shape[i] > 1 && a.size() > 0) {
       throw nb::value_error((std::string(a.name) + ": has stride 0 in dimension " +
                              std::to_string(i) +
                              " (a broadcast or expanded array), accepted: an array whose elements "

@@ -1,0 +1,93 @@
+"""The same bits for any number of threads, any instruction-set build, and any run."""
+
+import numpy as np
+import pytest
+import torch
+
+import coldrow
+from coldrow import _core
+from coldrow.nn import Table, TableBatchedEmbeddingBags
+
+BEST = _core.build()
+
+
+def train(dtype, rounding, pooling, *, build, threads, charge="read"):
+    """Five steps on three tables with hot rows, empty bags and odd dims; returns all that came of it."""
+    before = torch.get_num_threads()
+    _core.use_build(build)
+    torch.set_num_threads(threads)
+    try:
+        rng = np.random.default_rng(12)
+        update = coldrow.RowUpdate(
+            coldrow.RowwiseRMSprop(lr=0.1),
+            coldrow.CumulativeLinear(half_life=2.5),
+            rounding,
+            decay_state=True,
+        )
+        exponential = coldrow.RowUpdate(
+            coldrow.RowwiseRMSprop(lr=0.1), coldrow.Exponential(half_life=3.0), rounding
+        )
+        emb = TableBatchedEmbeddingBags(
+            [
+                Table("a", 3000, 64, dtype=dtype, features=["x", "y"]),
+                Table("b", 7, 64, dtype=dtype, update=exponential),
+                Table("c", 500, 64, dtype=dtype, update=coldrow.RowUpdate(rounding=rounding)),
+            ],
+            update,
+            pooling=pooling,
+            charge=charge,
+        )
+        sizes = [3000, 3000, 7, 500]
+        for p in emb.weights.values():
+            p.copy_(torch.from_numpy(rng.normal(size=p.shape)))
+        outs = []
+        for _ in range(5):
+            lengths = rng.integers(0, 5, 4 * 600)
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            indices = np.concatenate(
+                [
+                    np.minimum(rng.zipf(1.3, offsets[600 * (f + 1)] - offsets[600 * f]), e) - 1
+                    for f, e in enumerate(sizes)
+                ]
+            )
+            psw = None
+            if pooling == "sum":
+                psw = torch.from_numpy(rng.normal(size=len(indices))).float().requires_grad_()
+            out = emb(torch.from_numpy(indices), torch.from_numpy(offsets), psw)
+            out.backward(torch.from_numpy(rng.normal(size=out.shape)).float())
+            outs += [out.detach(), *([psw.grad] if psw is not None else [])]
+        tensors = [v for v in emb.state_dict().values() if isinstance(v, torch.Tensor)]
+        return [t.reshape(-1).contiguous().view(torch.uint8) for t in (*outs, *tensors) if t.dim()]
+    finally:
+        _core.use_build(BEST)
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean", "none"])
+@pytest.mark.parametrize("rounding", [coldrow.Nearest(), coldrow.Stochastic(1)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_threads_and_builds(dtype, rounding, pooling):
+    base = train(dtype, rounding, pooling, build=BEST, threads=1)
+    for build in _core.builds():
+        for threads in (1, 2, 5):
+            other = train(dtype, rounding, pooling, build=build, threads=threads)
+            for a, b in zip(base, other, strict=True):
+                assert torch.equal(a, b), (build, threads)
+
+
+def test_several_threads_are_really_used():
+    """The comparison above means something only where OpenMP gives more than one thread."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert _core.threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_this_machine_has_more_than_one_build():
+    assert BEST == _core.builds()[0]
+    if BEST.startswith("x86_64") and BEST != "x86_64_v2":
+        assert len(_core.builds()) > 1
+    with pytest.raises(ValueError, match="build: got 'sse', accepted: one of builds"):
+        _core.use_build("sse")
