@@ -638,13 +638,13 @@ NB_MODULE(_core, m) {
           "decay_state"_a)
       .def_prop_ro("scalar_states", [](const Update& u) { return u.scalar_states; });
 
-  m.def("apply", &apply, "update"_a, "weight"_a, "grad"_a, "indices"_a, "scalars"_a, "prev_iter"_a,
-        "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a, "table"_a, "row_offset"_a,
-        "col_offset"_a, "check_step"_a, "check_only"_a,
+  m.def("apply", &apply, "update"_a, "weight"_a.none(), "grad"_a.none(), "indices"_a.none(),
+        "scalars"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a,
+        "table"_a, "row_offset"_a, "col_offset"_a, "check_step"_a, "check_only"_a,
         "One step on one table, in place, or only its checks. Returns the number of rows skipped "
         "as non-finite.");
-  m.def("read", &read, "update"_a, "out"_a, "weight"_a, "indices"_a, "prev_iter"_a, "step"_a,
-        "lr"_a, "epoch_start"_a,
+  m.def("read", &read, "update"_a, "out"_a.none(), "weight"_a.none(), "indices"_a.none(),
+        "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a,
         "out[i] = row indices[i] as a read-charged forward before `step` sees it.");
 
   nb::class_<TableBatch>(m, "TableBatch", "Tables and features of a table-batched module.")
@@ -652,14 +652,15 @@ NB_MODULE(_core, m) {
                     std::vector<std::int32_t>>(),
            "names"_a, "keys"_a, "feature_tables"_a)
       .def("lookup", &TableBatch::lookup, "weights"_a, "prev_iters"_a, "updates"_a, "lrs"_a,
-           "indices"_a, "offsets"_a, "per_sample_weights"_a.none(), "batch_sizes"_a.none(),
-           "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "out"_a)
+           "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
+           "batch_sizes"_a.none(), "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "out"_a.none())
       .def("weight_gradients", &TableBatch::weight_gradients, "weights"_a, "prev_iters"_a,
-           "updates"_a, "lrs"_a, "indices"_a, "offsets"_a, "batch_sizes"_a.none(), "pooling"_a,
-           "read"_a, "step"_a, "epoch_start"_a, "grad"_a, "out"_a)
+           "updates"_a, "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "batch_sizes"_a.none(),
+           "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "grad"_a.none(), "out"_a.none())
       .def("update", &TableBatch::update, "weights"_a, "scalars"_a, "prev_iters"_a, "updates"_a,
-           "lrs"_a, "indices"_a, "offsets"_a, "per_sample_weights"_a.none(), "batch_sizes"_a.none(),
-           "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a, "on_nonfinite"_a);
+           "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
+           "batch_sizes"_a.none(), "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a.none(),
+           "on_nonfinite"_a);
 
   m.def(
       "factor",
@@ -669,11 +670,12 @@ NB_MODULE(_core, m) {
         return kernels->factor(u.args, static_cast<std::int32_t>(prev_iter), to_step(step),
                                to_lr(lr), to_epoch_start(epoch_start), read);
       },
-      "update"_a, "prev_iter"_a, "step"_a, "lr"_a, "epoch_start"_a, "read"_a,
+      "update"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "read"_a,
       "The decay factor of a touch at `step`, or of a read before it.");
 
-  m.def("reference_apply", &reference_apply, "update"_a, "weight"_a, "grad"_a, "indices"_a,
-        "momentum1"_a, "prev_iter"_a, "step"_a, "lr"_a, "epoch_start"_a,
+  m.def("reference_apply", &reference_apply, "update"_a, "weight"_a.none(), "grad"_a.none(),
+        "indices"_a.none(), "momentum1"_a.none(), "prev_iter"_a.none(), "step"_a, "lr"_a,
+        "epoch_start"_a,
         "The float64 reference of one step: weight float64 [rows, dim], grad float64 [n, dim], "
         "indices int64 [n], momentum1 float64 [rows], prev_iter int64 [rows].");
   m.def(
@@ -682,7 +684,7 @@ NB_MODULE(_core, m) {
          std::int64_t epoch_start) {
         return coldrow::reference::read_factor(u.reference(), prev_iter, step, lr, epoch_start);
       },
-      "update"_a, "prev_iter"_a, "step"_a, "lr"_a, "epoch_start"_a,
+      "update"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a,
       "The float64 reference of what a read-charged forward multiplies a row by.");
 
   m.def("threads", [] { return threads_for(INT_MAX, 1); }, "Threads a large call would use now.");

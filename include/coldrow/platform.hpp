@@ -21,6 +21,13 @@
 #define COLDROW_HD inline
 #endif
 
+// A function of a few instructions that must not become a call (vectors would go through memory).
+#if defined(__CUDACC__)
+#define COLDROW_INLINE COLDROW_HD
+#else
+#define COLDROW_INLINE inline __attribute__((always_inline))
+#endif
+
 // Before a loop over the values of a block. It keeps gcc from unrolling the loop before its
 // vectoriser has seen it; without it policies on bfloat16 come out scalar.
 #if defined(__CUDACC__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coldrow import _core
@@ -25,6 +25,7 @@ from coldrow.policies import (
 __all__ = ["apply_", "init_state", "read_", "rowwise_rmsprop_ar_", "table_key"]
 
 LAST_STEP = 2**31 - 1
+ON_NONFINITE = ("skip", "raise", "propagate")
 
 
 def table_key(table: int | str) -> int:
@@ -36,18 +37,25 @@ def table_key(table: int | str) -> int:
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return ``value`` as an int in [low, high], or raise naming the argument."""
-    accepted = f"an integer from {low} to {high}"
-    if hasattr(value, "__index__") and not isinstance(value, bool):
-        whole = int(value.__index__())
-    elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim tensor
-        whole = value.item()
-        if not isinstance(whole, int):
-            raise TypeError(f"{name}: got {value!r}, accepted: {accepted}")
-    else:
-        raise TypeError(f"{name}: got {value!r}, accepted: {accepted}")
+    error = f"{name}: got {value!r}, accepted: an integer from {low} to {high}"
+    if isinstance(value, bool):
+        raise TypeError(error)
+    try:
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
+            value = value.item()
+        whole = value.__index__()
+    except (AttributeError, TypeError):
+        raise TypeError(error) from None
     if not low <= whole <= high:
-        raise ValueError(f"{name}: got {whole}, accepted: {accepted}")
-    return whole
+        raise ValueError(error)
+    return int(whole)
+
+
+def one_of(name: str, given: Any, accepted: Sequence[Any]) -> Any:
+    """Return ``given``, or raise unless it is among ``accepted``."""
+    if given not in accepted:
+        raise ValueError(f"{name}: got {given!r}, accepted: {', '.join(map(repr, accepted))}")
+    return given
 
 
 def _torch_tensor(array: Any) -> Any:
@@ -157,7 +165,7 @@ def apply_(
         integer("step", step, 1, LAST_STEP),
         number("lr", update.optimizer.lr if lr is None else lr),
         integer("epoch_start", epoch_start or 0, 0, LAST_STEP),
-        on_nonfinite,
+        one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
         table_key(table),
         integer("row_offset", row_offset, 0, 2**62),
         integer("col_offset", col_offset, 0, 2**31),

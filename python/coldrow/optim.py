@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coldrow import _core
-from coldrow.functional import LAST_STEP, init_state, integer
+from coldrow.functional import LAST_STEP, ON_NONFINITE, init_state, integer, one_of
 from coldrow.policies import (
     LinearClipped,
     Nearest,
@@ -59,11 +59,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         )
 
     def _start(self, on_nonfinite: str) -> None:
-        if on_nonfinite not in ("skip", "raise", "propagate"):
-            raise ValueError(
-                f"on_nonfinite: got {on_nonfinite!r}, accepted: 'skip', 'raise', 'propagate'"
-            )
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite = one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         self.nonfinite_rows = 0
         self._clock = torch.zeros((), dtype=torch.int64)
         self._epoch_start = torch.zeros((), dtype=torch.int64)

@@ -51,14 +51,21 @@ def number(
     bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
         f" and <= {high:g}" if high < _LARGEST_FLOAT32 else " and finite"
     )
+    error = f"{name}: got {value!r}, accepted: {bounds}"
     if isinstance(value, (bool, str, bytes)):
-        raise TypeError(f"{name}: got {value!r}, accepted: {bounds}")
+        raise TypeError(error)
     try:
         x = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {value!r}, accepted: {bounds}") from None
+    except OverflowError:
+        raise ValueError(error) from None
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # RuntimeError: torch, of a tensor with more values
+        raise TypeError(error) from None
     if not (low <= x <= high) or (low_open and x == low):
-        raise ValueError(f"{name}: got {value!r}, accepted: {bounds}")
+        raise ValueError(error)
     return x
 
 

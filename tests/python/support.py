@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 import coldrow
@@ -44,7 +46,7 @@ class Reference:
 def pool(rows: np.ndarray, offsets: np.ndarray, pooling: str, psw=None) -> np.ndarray:
     """Pool rows [n, D] (float64) into bags [B, D]."""
     out = np.zeros((len(offsets) - 1, rows.shape[1]))
-    for b, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for b, (lo, hi) in enumerate(itertools.pairwise(offsets)):
         scale = 1.0 if psw is None else np.asarray(psw, dtype=np.float64)[lo:hi, None]
         out[b] = (rows[lo:hi] * scale).sum(0)
         if pooling == "mean" and hi > lo:

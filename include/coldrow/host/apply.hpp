@@ -24,28 +24,31 @@ struct GradientRows {
   }
 };
 
-// Sums `blocks` blocks of 16 columns from `column` on over a run, accumulators in registers.
+// Sums 16 * Blocks columns of a run, from `column` on, in registers. count: columns of the last block
+// that exist.
 template <int Blocks, class Entry, Numeric Grad>
-void sum_columns(const GradientRows<Grad>& grads, const Entry* run, std::int64_t count, int column,
-                 int dim, float* out) {
-  float acc[Blocks][16] = {};
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Grad* row = grads.row(run[i].out_row);
-    const float scale = run[i].scale;
+COLDROW_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
+                                std::int64_t length, int column, int count, float* out) {
+  Lanes<16> acc[Blocks];
+  for (auto& a : acc) broadcast(a, 0.0f);
+  for (std::int64_t i = 0; i < length; ++i) {
+    const Grad* row = grads.row(run[i].out_row) + column;
+    Lanes<16> scale;
+    broadcast(scale, run[i].scale);
     for (int b = 0; b < Blocks; ++b) {
-      float g[16];
-      if constexpr (Blocks == 1) {
-        load_columns<16>(row, column, dim, g);
+      Lanes<16> g;
+      if (count == 16) {
+        load(g, row + 16 * b);
       } else {
-        load_block<16>(row + column + 16 * b, g);
+        load_partial(g, row + 16 * b, count);
       }
-      COLDROW_LANES
-      for (int k = 0; k < 16; ++k) acc[b][k] = fma(scale, g[k], acc[b][k]);
+      multiply_add(acc[b], scale, g);
     }
   }
   for (int b = 0; b < Blocks; ++b) {
-    COLDROW_LANES
-    for (int k = 0; k < 16; ++k) out[16 * b + k] = acc[b][k];
+    float sums[16];
+    to_array(acc[b], sums);
+    for (int k = 0; k < 16; ++k) out[16 * b + k] = sums[k];
   }
 }
 
@@ -57,8 +60,9 @@ const float* sum_run(const GradientRows<Grad>& grads, const Entry* run, std::int
     if (count == 1 && run->scale == 1.0f) return grads.row(run->out_row);
   }
   int c = 0;
-  for (; c + 64 <= dim; c += 64) sum_columns<4>(grads, run, count, c, dim, scratch + c);
-  for (; c < dim; c += 16) sum_columns<1>(grads, run, count, c, dim, scratch + c);
+  for (; c + 64 <= dim; c += 64) sum_columns<4>(grads, run, count, c, 16, scratch + c);
+  for (; c + 16 <= dim; c += 16) sum_columns<1>(grads, run, count, c, 16, scratch + c);
+  if (c < dim) sum_columns<1>(grads, run, count, c, dim - c, scratch + c);
   return scratch;
 }
 

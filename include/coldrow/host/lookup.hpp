@@ -25,32 +25,38 @@ struct Bags {
   }
 };
 
+// Pools 16 * Blocks columns of one bag, from `column` on, in registers. count: columns of the last
+// block that exist.
 template <int Blocks, Numeric Weight, class Index, Numeric Out>
-void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi, int column,
-                  float bag_scale, Out* out) {
-  float acc[Blocks][16] = {};
+COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi,
+                                 int column, int count, float bag_scale, Out* out) {
+  Lanes<16> acc[Blocks];
+  for (auto& a : acc) broadcast(a, 0.0f);
   for (std::int64_t p = lo; p < hi; ++p) {
-    const Weight* row = bags.weight + static_cast<std::int64_t>(bags.indices[p]) * bags.dim;
-    const float scale = bags.scale != nullptr ? bags.scale[p] : 1.0f;
+    const Weight* row =
+        bags.weight + static_cast<std::int64_t>(bags.indices[p]) * bags.dim + column;
+    Lanes<16> scale;
+    broadcast(scale, bags.scale != nullptr ? bags.scale[p] : 1.0f);
     for (int b = 0; b < Blocks; ++b) {
-      float w[16];
-      if constexpr (Blocks == 1) {
-        load_columns<16>(row, column, bags.dim, w);
+      Lanes<16> w;
+      if (count == 16) {
+        load(w, row + 16 * b);
       } else {
-        load_block<16>(row + column + 16 * b, w);
+        load_partial(w, row + 16 * b, count);
       }
-      COLDROW_LANES
-      for (int k = 0; k < 16; ++k) acc[b][k] = fma(scale, w[k], acc[b][k]);
+      multiply_add(acc[b], scale, w);
     }
   }
   const std::uint32_t none[16] = {};
   for (int b = 0; b < Blocks; ++b) {
+    float pooled[16];
+    to_array(acc[b], pooled);
     COLDROW_LANES
-    for (int k = 0; k < 16; ++k) acc[b][k] *= bag_scale;
-    if constexpr (Blocks == 1) {
-      store_columns<16>(out, column, bags.dim, acc[b], Nearest{}, none);
+    for (int k = 0; k < 16; ++k) pooled[k] *= bag_scale;
+    if (count == 16) {
+      store(pooled, Nearest{}, none, out + column + 16 * b);
     } else {
-      store_block<16>(out + column + 16 * b, acc[b], Nearest{}, none);
+      store_partial(pooled, Nearest{}, none, out + column + 16 * b, count);
     }
   }
 }
@@ -70,8 +76,9 @@ void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_str
     for (; fetched < ahead; ++fetched) fetch(fetched);
     const float bag_scale = bags.mean && hi > lo ? 1.0f / static_cast<float>(hi - lo) : 1.0f;
     int c = 0;
-    for (; c + 64 <= bags.dim; c += 64) pool_columns<4>(bags, lo, hi, c, bag_scale, out);
-    for (; c < bags.dim; c += 16) pool_columns<1>(bags, lo, hi, c, bag_scale, out);
+    for (; c + 64 <= bags.dim; c += 64) pool_columns<4>(bags, lo, hi, c, 16, bag_scale, out);
+    for (; c + 16 <= bags.dim; c += 16) pool_columns<1>(bags, lo, hi, c, 16, bag_scale, out);
+    if (c < bags.dim) pool_columns<1>(bags, lo, hi, c, bags.dim - c, bag_scale, out);
   }
 }
 
@@ -101,18 +108,21 @@ void weight_gradients(const Bags<Weight, Index>& bags, const Grad* grad, std::in
       };
       if (p + kPrefetchDistance < bags.positions_end)
         prefetch(row(p + kPrefetchDistance), row_bytes);
-      float acc[16] = {};
-      for (int c = 0; c < bags.dim; c += 16) {
-        float w[16], g[16];
-        load_columns<16>(row(p), c, bags.dim, w);
-        load_columns<16>(grad, c, bags.dim, g);
-        COLDROW_LANES
-        for (int k = 0; k < 16; ++k) acc[k] = fma(w[k], g[k], acc[k]);
+      Lanes<16> acc, w, g;
+      broadcast(acc, 0.0f);
+      int c = 0;
+      for (; c + 16 <= bags.dim; c += 16) {
+        load(w, row(p) + c);
+        load(g, grad + c);
+        multiply_add(acc, w, g);
       }
-      for (int half = 8; half > 0; half /= 2) {
-        for (int k = 0; k < half; ++k) acc[k] += acc[k + half];
+      if (c < bags.dim) {
+        load_partial(w, row(p) + c, bags.dim - c);
+        load_partial(g, grad + c, bags.dim - c);
+        multiply_add(acc, w, g);
       }
-      out[p] = bags.scale != nullptr ? bags.scale[p] * acc[0] : acc[0];
+      const float dot = coldrow::sum(acc);
+      out[p] = bags.scale != nullptr ? bags.scale[p] * dot : dot;
     }
   }
 }

@@ -10,7 +10,7 @@
 // Everything that trains a row (host drivers, device kernels, your own kernels) calls this.
 #pragma once
 
-#include "../numeric/block.hpp"
+#include "../numeric/lanes.hpp"
 #include "../policy/decay.hpp"
 #include "../policy/optimizer.hpp"
 #include "group.hpp"
@@ -64,6 +64,7 @@ struct RowUpdate {
   using weight_type = Weight;
   using grad_type = Grad;
   using optimizer_type = Optimizer;
+  using RowType = Row<Weight, Optimizer>;
 
   Optimizer optimizer{};
   Prepared<Decay> decay{};
@@ -84,8 +85,7 @@ struct RowUpdate {
 
   // Would this row be updated with finite numbers? Writes nothing.
   template <Group G>
-  COLDROW_HD bool finite(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
-                         int dim) const {
+  COLDROW_HD bool finite(const G& group, const RowType& row, const Grad* grad, int dim) const {
     return plan(group, row, grad, dim).finite;
   }
 
@@ -93,37 +93,15 @@ struct RowUpdate {
   // stochastic rounding (its step is set here). Returns false where nothing was written because the
   // gradient was not finite.
   template <Group G>
-  COLDROW_HD bool operator()(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
-                             int dim, ElementKey key) const {
+  COLDROW_HD bool operator()(const G& group, const RowType& row, const Grad* grad, int dim,
+                             ElementKey key) const {
     constexpr int N = G::block;
     const auto p = plan(group, row, grad, dim);
     if (!p.finite && on_nonfinite == OnNonfinite::skip) return false;
     key.step = step;
-    for (int c = group.rank() * N; c < dim; c += group.size() * N) {
-      float w[N], g[N];
-      float vectors[Row<Weight, Optimizer>::kVectors][N] = {};
-      std::uint32_t random16[N] = {};
-      load_columns<N>(row.weight, c, dim, w);
-      load_columns<N>(grad, c, dim, g);
-      for (int s = 0; s < Optimizer::vector_states; ++s) {
-        load_columns<N>(row.vectors[s], c, dim, vectors[s]);
-      }
-      if constexpr (Rounding::needs_random) rounding.template random<N>(key, c, random16);
-      COLDROW_LANES
-      for (int k = 0; k < N; ++k) {
-        float state[Row<Weight, Optimizer>::kVectors];
-        for (int s = 0; s < Optimizer::vector_states; ++s) {
-          state[s] = p.shrink_state * vectors[s][k];
-        }
-        const float delta = optimizer.element(p.row, g[k], state);
-        w[k] = fma(p.shrink, w[k], -delta);
-        for (int s = 0; s < Optimizer::vector_states; ++s) vectors[s][k] = state[s];
-      }
-      store_columns<N>(row.weight, c, dim, w, rounding, random16);
-      for (int s = 0; s < Optimizer::vector_states; ++s) {
-        store_columns<N>(row.vectors[s], c, dim, vectors[s], Nearest{}, random16);
-      }
-    }
+    int c = group.rank() * N;
+    for (; c + N <= dim; c += group.size() * N) columns<N>(p, row, grad, c, N, key);
+    if (c < dim) columns<N>(p, row, grad, c, dim - c, key);
     if (group.rank() == 0) {
       for (int s = 0; s < Optimizer::scalar_states; ++s) *row.scalars[s] = p.scalars[s];
       *row.prev_iter = step;
@@ -138,30 +116,67 @@ struct RowUpdate {
   struct Plan {
     float shrink;
     float shrink_state;
-    float scalars[Row<Weight, Optimizer>::kScalars];
+    float scalars[RowType::kScalars];
     RowStep row;
     bool finite;
   };
 
+  // Columns [c, c + count) of the row; count is N but at the end of the row.
+  template <int N>
+  COLDROW_INLINE void columns(const Plan& p, const RowType& row, const Grad* grad, int c, int count,
+                              const ElementKey& key) const {
+    const auto get = [&](const auto* source, float (&out)[N]) {
+      Lanes<N> lanes;
+      if (count == N) {
+        load(lanes, source + c);
+      } else {
+        load_partial(lanes, source + c, count);
+      }
+      to_array(lanes, out);
+    };
+    std::uint32_t random16[N] = {};
+    const auto put = [&](const float (&x)[N], const auto& rounding, auto* target) {
+      if (count == N) {
+        store(x, rounding, random16, target + c);
+      } else {
+        store_partial(x, rounding, random16, target + c, count);
+      }
+    };
+    float w[N], g[N], vectors[RowType::kVectors][N] = {};
+    get(row.weight, w);
+    get(grad, g);
+    for (int s = 0; s < Optimizer::vector_states; ++s) get(row.vectors[s], vectors[s]);
+    if constexpr (Rounding::needs_random) rounding.template random<N>(key, c, random16);
+    COLDROW_LANES
+    for (int k = 0; k < N; ++k) {
+      float state[RowType::kVectors];
+      for (int s = 0; s < Optimizer::vector_states; ++s) state[s] = p.shrink_state * vectors[s][k];
+      w[k] = fma(p.shrink, w[k], -optimizer.element(p.row, g[k], state));
+      for (int s = 0; s < Optimizer::vector_states; ++s) vectors[s][k] = state[s];
+    }
+    put(w, rounding, row.weight);
+    for (int s = 0; s < Optimizer::vector_states; ++s) put(vectors[s], Nearest{}, row.vectors[s]);
+  }
+
   template <Group G>
-  COLDROW_HD Plan plan(const G& group, const Row<Weight, Optimizer>& row, const Grad* grad,
-                       int dim) const {
+  COLDROW_HD Plan plan(const G& group, const RowType& row, const Grad* grad, int dim) const {
     constexpr int N = G::block;
-    float squares[N] = {};
-    for (int c = group.rank() * N; c < dim; c += group.size() * N) {
-      float g[N];
-      load_columns<N>(grad, c, dim, g);
-      COLDROW_LANES
-      for (int k = 0; k < N; ++k) squares[k] = fma(g[k], g[k], squares[k]);
+    Lanes<N> squares, g;
+    broadcast(squares, 0.0f);
+    int c = group.rank() * N;
+    for (; c + N <= dim; c += group.size() * N) {
+      load(g, grad + c);
+      multiply_add(squares, g, g);
     }
-    for (int half = N / 2; half > 0; half /= 2) {
-      for (int k = 0; k < half; ++k) squares[k] += squares[k + half];
+    if (c < dim) {
+      load_partial(g, grad + c, dim - c);
+      multiply_add(squares, g, g);
     }
-    const float mean_square = group.sum(squares[0]) / static_cast<float>(dim);
+    const float mean_square = group.sum(sum(squares)) / static_cast<float>(dim);
 
     const float shrink = touch_factor(decay, step, *row.prev_iter, lr);
     const float shrink_state = decay_state ? shrink : 1.0f;
-    float scalars[Row<Weight, Optimizer>::kScalars] = {};
+    float scalars[RowType::kScalars] = {};
     bool finite = is_finite(mean_square) && is_finite(shrink);
     for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] = shrink_state * *row.scalars[s];
     const RowStep row_step = optimizer.row(scalars, mean_square, lr, step);

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from coldrow import _core
-from coldrow.functional import LAST_STEP, integer, table_key
+from coldrow.functional import LAST_STEP, ON_NONFINITE, integer, one_of, table_key
 from coldrow.nn import checkpoint
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
-from coldrow.nn.table import DTYPES, State, Table, Weights, one_of
+from coldrow.nn.table import DTYPES, State, Table, Weights
 from coldrow.policies import RowUpdate, compiled, number
 
 
@@ -86,7 +86,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         one_of("pooling", pooling, ("sum", "mean", "none"))
         one_of("charge", charge, ("touch", "read"))
         one_of("output_dtype", output_dtype, DTYPES)
-        one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "propagate"))
+        one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         one_of("validate", validate, ("deferred", "sync"))
         one_of("state_layout", state_layout, ("record", "split"))
         device = torch.device(device)
@@ -173,8 +173,9 @@ class TableBatchedEmbeddingBags(nn.Module):
         pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
         one_of("mode", pooling, ("sum", "mean", "none"))
         for option in ("max_norm", "padding_idx", "scale_grad_by_freq"):
-            if getattr(module, option, None) not in (None, False):
-                raise ValueError(f"{option}: got {getattr(module, option)!r}, accepted: none")
+            given = getattr(module, option, None)
+            if given is not None and given is not False:  # padding_idx=0 counts
+                raise ValueError(f"{option}: got {given!r}, accepted: none")
         source = module.weight.detach()
         rows, dim = source.shape
         emb = cls(
@@ -320,9 +321,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             if not isinstance(weights, Tensor) or not weights.is_floating_point():
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
             weights = weights.float().contiguous()
-        sizes = None
-        if batch_sizes is not None:
-            sizes = tuple(integer("batch_sizes", b, 0, 2**31 - 1) for b in batch_sizes)
+        sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
         batch = Batch(sizes, self._next_step(), self.epoch_start, self._lrs())
 
         grad_on = torch.is_grad_enabled()
@@ -337,6 +336,20 @@ class TableBatchedEmbeddingBags(nn.Module):
         else:
             out = self._lookup(batch, indices, offsets, weights)
         return self._shape(out, offsets, sizes)
+
+    def _batch_sizes(self, given: Sequence[int], offsets: Tensor) -> tuple[int, ...]:
+        features, bags = len(self._feature_tables), offsets.numel() - 1
+        accepted = f"accepted: one per feature ({features}), adding up to len(offsets) - 1 = {bags}"
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"batch_sizes: got {given!r}, {accepted}")
+        sizes = tuple([integer("batch_sizes", b, 0, 2**31 - 1) for b in given])
+        if len(sizes) != features or sum(sizes) != bags:
+            raise ValueError(
+                f"batch_sizes: got {len(sizes)} sizes that add up to {sum(sizes)}, {accepted}"
+            )
+        return sizes
 
     def _take_ticket(self) -> Ticket:
         outstanding = self._outstanding() if self._outstanding is not None else None
@@ -380,11 +393,6 @@ class TableBatchedEmbeddingBags(nn.Module):
             else:
                 shape = (self._count_unpooled(indices.numel(), offsets, batch.batch_sizes, dims),)
         elif batch.batch_sizes is not None:
-            if len(batch.batch_sizes) != features:
-                raise ValueError(
-                    f"batch_sizes: got {len(batch.batch_sizes)} sizes, accepted: one per feature "
-                    f"({features})"
-                )
             shape = (sum(b * d for b, d in zip(batch.batch_sizes, dims, strict=True)),)
         else:
             shape = (max(offsets.numel() - 1, 0) // features, sum(dims))
@@ -541,7 +549,10 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _rows(self, table: int, rows: Tensor | Sequence[int] | None) -> Tensor:
         if rows is None:
             return torch.arange(self.tables[table].num_rows)
-        rows = torch.as_tensor(rows)
+        try:
+            rows = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"rows: got {rows!r}, accepted: int32 or int64 [n]") from None
         if rows.numel() == 0:
             return torch.empty(0, dtype=torch.int64)
         if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:

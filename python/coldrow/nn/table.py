@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldrow.functional import integer
+from coldrow.functional import integer, one_of
 from coldrow.policies import RowUpdate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Init = Callable[[Tensor], Any]
-
-
-def one_of(name: str, given: Any, accepted: Sequence[Any]) -> None:
-    """Raise unless ``given`` is among ``accepted``."""
-    if given not in accepted:
-        raise ValueError(f"{name}: got {given!r}, accepted: {', '.join(map(repr, accepted))}")
 
 
 @dataclass

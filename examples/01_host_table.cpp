@@ -1,0 +1,51 @@
+// A table on the host and one batch with duplicates: sort the indices, then sum the gradients of
+// each row and update it once.
+//
+//   g++ -std=c++20 -O2 -ffp-contract=off -Iinclude examples/01_host_table.cpp && ./a.out
+#include <coldrow/coldrow.hpp>
+#include <cstdio>
+#include <vector>
+
+using namespace coldrow;
+
+int main() {
+  constexpr std::int64_t kRows = 5;
+  constexpr int kDim = 2;
+  std::vector<float> weight(kRows * kDim, 1.0f), momentum1(kRows);
+  std::vector<std::int32_t> prev_iter(kRows);
+  Table<float, RowwiseRMSprop> table;  // a view: the memory stays ours
+  table.weight = weight.data();
+  table.rows = kRows;
+  table.dim = kDim;
+  table.prev_iter = {prev_iter.data()};
+  table.scalars[0] = {momentum1.data()};
+
+  // One feature with three bags: rows {3, 1}, {} and {3}. Bag b's gradient is grad[b].
+  const std::vector<std::int64_t> indices = {3, 1, 3}, offsets = {0, 2, 2, 3};
+  const std::vector<float> grad = {0.5f, 0.25f, 9.0f, 9.0f, 0.25f, -0.25f};
+  const std::int64_t bags = 3, positions = 3, table_base = 0;
+  const Feature feature{0, kDim, 0, bags, 0, positions, 0, 0, kDim};
+  const Batch<std::int64_t> batch{indices.data(),  offsets.data(), bags,   positions, &feature, 1,
+                                  /*pooled=*/true, false,          nullptr};
+  if (check_offsets(offsets.data(), bags, positions).kind != BatchProblem::none) return 1;
+  if (check_indices(batch, &kRows).kind != BatchProblem::none) return 1;
+
+  std::vector<host::PlainEntry> entries(positions), other(positions);
+  std::vector<std::uint32_t> counts(host::kDigits);
+  std::vector<float> scratch(16);  // kDim rounded up to 16
+  host::make_entries(batch, &table_base, /*threads=*/1, entries.data());
+  const host::PlainEntry* sorted = host::sort_entries(entries.data(), other.data(), positions,
+                                                      /*bits=*/3, /*threads=*/1, counts.data());
+
+  const auto update = RowUpdate<float, float, RowwiseRMSprop, LinearClipped, Nearest>::at(
+      /*step=*/1, /*lr=*/0.1, {}, {/*alpha=*/0.5f, /*min_shrinkage=*/0.1f});
+  const host::ApplyReport report =
+      host::apply_runs(update, table, sorted, 0, positions, table_base, host::Pass::update,
+                       host::GradientRows<float>{grad.data(), &feature, 1}, scratch.data());
+
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    std::printf("row %d: weight %7.4f %7.4f, last touched at step %d\n", static_cast<int>(r),
+                weight[2 * r], weight[2 * r + 1], prev_iter[r]);
+  }
+  return report.nonfinite.count == 0 ? 0 : 1;
+}
