@@ -122,7 +122,8 @@ void for_bags(const BatchArgs& b, bool read, float* read_scale, const FeatureArg
     return;
   }
   bags.scale = read_scale;
-  const auto decay = prepare(to_decay(table.update), b.step - 1, table.lr, b.epoch_start);
+  const auto decay = prepare(to_decay(table.update), static_cast<std::int32_t>(b.step - 1),
+                             table.lr, b.epoch_start);
   const Strided<const std::int32_t> prev_iter{table.prev_iter, table.prev_iter_stride};
   // A few hundred indices at a time: their scales stay in the first-level cache.
   const std::int64_t end = bags.end;
@@ -311,7 +312,8 @@ template <class Weight, class Optimizer, class Rounding>
 auto make_update(const BatchArgs& b, const TableArgs& t, const Optimizer& optimizer,
                  const Rounding& rounding, OnNonfinite on_nonfinite) {
   auto update = RowUpdate<Weight, float, Optimizer, AnyDecay, Rounding>::at(
-      b.step, t.lr, optimizer, to_decay(t.update), rounding, t.update.decay_state, b.epoch_start);
+      static_cast<std::int32_t>(b.step), t.lr, optimizer, to_decay(t.update), rounding,
+      t.update.decay_state, b.epoch_start);
   update.on_nonfinite = on_nonfinite == OnNonfinite::propagate ? coldrow::OnNonfinite::propagate
                                                                : coldrow::OnNonfinite::skip;
   return update;

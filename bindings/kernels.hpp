@@ -73,7 +73,7 @@ struct BatchArgs {
   std::int64_t bags, positions;
   bool pooled, mean;
   const float* per_sample_weights;
-  std::int32_t step;  // the step this batch belongs to: clock + 1
+  std::int64_t step;  // the step this batch belongs to: clock + 1; 2^31 for a read after the last
   std::int32_t epoch_start;
   int threads;
 };

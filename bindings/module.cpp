@@ -54,12 +54,13 @@ OnNonfinite to_on_nonfinite(const std::string& given) {
                               {"propagate", OnNonfinite::propagate}});
 }
 
-std::int32_t to_step(std::int64_t step) {
-  if (step < 1 || step > INT32_MAX) {
+// to_read: the step that a read comes before; there is a read after the last step too.
+std::int64_t to_step(std::int64_t step, bool to_read = false) {
+  if (step < 1 || step > INT32_MAX + std::int64_t{to_read}) {
     bad_value("step: got " + std::to_string(step) +
               ", accepted: 1 to 2**31 - 1 (prev_iter is int32; the clock cannot go further)");
   }
-  return static_cast<std::int32_t>(step);
+  return step;
 }
 
 std::int32_t to_epoch_start(std::int64_t epoch_start) {
@@ -271,7 +272,7 @@ void finish(Call& call, std::int64_t step, std::int64_t epoch_start) {
   call.batch.num_tables = static_cast<std::int32_t>(call.tables.size());
   call.batch.features = call.features.data();
   call.batch.num_features = static_cast<std::int32_t>(call.features.size());
-  call.batch.step = to_step(step);
+  call.batch.step = to_step(step, true);
   call.batch.epoch_start = to_epoch_start(epoch_start);
   std::int64_t widest = 1;
   for (const TableArgs& t : call.tables) widest = std::max<std::int64_t>(widest, t.dim);
@@ -312,6 +313,7 @@ void check_batch(Call& call) {
 
 std::int64_t run_update(Call& call, const Array& grad, const std::string& on_nonfinite,
                         bool check_step, bool check_only, Scratch& scratch) {
+  to_step(call.batch.step);
   const DType grad_type = grad.numeric();
   const OnNonfinite mode = to_on_nonfinite(on_nonfinite);
   if (check_only && mode != OnNonfinite::raise && !check_step) return 0;
@@ -667,8 +669,9 @@ NB_MODULE(_core, m) {
       [](const Update& u, std::int64_t prev_iter, std::int64_t step, double lr,
          std::int64_t epoch_start, bool read) {
         if (prev_iter < 0 || prev_iter > step) bad_value("prev_iter: accepted: 0 to step");
-        return kernels->factor(u.args, static_cast<std::int32_t>(prev_iter), to_step(step),
-                               to_lr(lr), to_epoch_start(epoch_start), read);
+        return kernels->factor(u.args, static_cast<std::int32_t>(prev_iter),
+                               static_cast<std::int32_t>(to_step(step)), to_lr(lr),
+                               to_epoch_start(epoch_start), read);
       },
       "update"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "read"_a,
       "The decay factor of a touch at `step`, or of a read before it.");

@@ -282,7 +282,7 @@ def read_(
         _checked("weight", weight, written=False),
         _checked("indices", indices, written=False),
         _checked("prev_iter", state["prev_iter"], written=False),
-        integer("step", step, 1, LAST_STEP),
+        integer("step", step, 1, LAST_STEP + 1),
         number("lr", update.optimizer.lr if lr is None else lr),
         integer("epoch_start", epoch_start or 0, 0, LAST_STEP),
     )

@@ -214,3 +214,17 @@ def test_read_function_equals_the_module(weight):
     state = {k: v.numpy() for k, v in emb.state["t"].items()}
     coldrow.read_(out, update, emb.weights["t"].numpy(), rows, state, step=emb.clock + 1)
     np.testing.assert_array_equal(out, emb.read("t", torch.from_numpy(rows)).numpy())
+
+
+def test_the_last_step_can_be_read_after_and_not_passed(weight):
+    emb = module(coldrow.RowUpdate(RMSPROP, coldrow.Exponential(half_life=4.0)), weight)
+    indices, offsets = torch.arange(ROWS), torch.arange(ROWS + 1)
+    emb.clock = 2**31 - 3
+    emb(indices, offsets).sum().backward()
+    emb.clock = 2**31 - 1
+    stored = emb.weights["t"].clone()
+    np.testing.assert_allclose(emb.read("t").numpy(), stored.numpy() * 2**-0.25, rtol=1e-6)
+    out = emb(indices, offsets)
+    with pytest.raises(ValueError, match=r"clock: is at 2147483647, accepted: steps up to"):
+        out.sum().backward()
+    assert torch.equal(emb.weights["t"], stored)

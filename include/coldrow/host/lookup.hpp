@@ -85,7 +85,7 @@ void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_str
 // scale[p] = read factor of the row at position p, times its per-sample weight if there is one.
 // decay is prepared as of step - 1.
 template <DecayPolicy Decay, class Index>
-void read_scales(const Decay& decay, std::int32_t step, float lr,
+void read_scales(const Decay& decay, std::int64_t step, float lr,
                  const Strided<const std::int32_t>& prev_iter, const Index* indices,
                  std::int64_t lo, std::int64_t hi, const float* per_sample_weights, float* scale) {
   for (std::int64_t p = lo; p < hi; ++p) {

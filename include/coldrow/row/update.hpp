@@ -51,11 +51,13 @@ COLDROW_HD float touch_factor(const Decay& decay, std::int32_t step, std::int32_
 }
 
 // The factor that a read-charged forward before `step` multiplies a row by. `decay` is prepared as
-// of step - 1. Rows never touched read as stored.
+// of step - 1. Rows never touched read as stored. (step is wide because there is a read after the
+// last step too.)
 template <DecayPolicy Decay>
-COLDROW_HD float read_factor(const Decay& decay, std::int32_t step, std::int32_t prev_iter,
+COLDROW_HD float read_factor(const Decay& decay, std::int64_t step, std::int32_t prev_iter,
                              float lr) {
-  return prev_iter == 0 ? 1.0f : decay(gap_at(step - 1, prev_iter), lr);
+  const auto clock = static_cast<std::int32_t>(step - 1);
+  return prev_iter == 0 ? 1.0f : decay(gap_at(clock, prev_iter), lr);
 }
 
 template <Numeric Weight, Numeric Grad, OptimizerPolicy Optimizer, DecayPolicy Decay,

@@ -322,7 +322,7 @@ class TableBatchedEmbeddingBags(nn.Module):
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
             weights = weights.float().contiguous()
         sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
-        batch = Batch(sizes, self._next_step(), self.epoch_start, self._lrs())
+        batch = Batch(sizes, self.clock + 1, self.epoch_start, self._lrs())
 
         grad_on = torch.is_grad_enabled()
         if not self.fused and grad_on:
@@ -588,7 +588,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             self._parameters_list[t],
             rows,
             self._prev_iters[t],
-            self._next_step(),
+            self.clock + 1,
             self._lrs()[t],
             self.epoch_start,
         )
