@@ -103,7 +103,10 @@ void fill(Array& a, const dltensor& t) {
                               .c_str());
   }
   if (a.item_size > 0 && reinterpret_cast<std::uintptr_t>(a.data) % a.item_size != 0) {
-    throw nb::value_error((std::string(a.name) + ": is not aligned to its element size").c_str());
+    throw nb::value_error((std::string(a.name) +
+                           ": is not aligned to its element size, accepted: aligned memory (copy "
+                           "it first)")
+                              .c_str());
   }
   for (int i = 0; i < a.ndim; ++i) {
     if (a.strides[i] == 0 && a.shape[i] > 1 && a.size() > 0) {
@@ -226,7 +229,13 @@ Array take_array(nb::handle object, const char* name, Access access) {
   a.name = name;
   if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
     dltensor t;
-    if (api->view_from_object(object.ptr(), &t) != 0) throw nb::python_error();
+    if (api->view_from_object(object.ptr(), &t) != 0) {
+      PyErr_Clear();
+      const nb::str device(nb::object(object.attr("device")));
+      throw nb::value_error((std::string(name) + ": has no memory to be read (device " +
+                             device.c_str() + "), accepted: an array in CPU memory")
+                                .c_str());
+    }
     fill(a, t);
     return a;
   }

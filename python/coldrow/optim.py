@@ -54,6 +54,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if not isinstance(update, RowUpdate):
             raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
         self._start(on_nonfinite)
+        self._lr_of_update = lr is None  # a group's own update then brings its own lr
         super().__init__(
             params, {"lr": update.optimizer.lr if lr is None else lr, "update": update}
         )
@@ -61,6 +62,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _start(self, on_nonfinite: str) -> None:
         self.on_nonfinite = one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         self.nonfinite_rows = 0
+        self._lr_of_update = False
         self._clock = torch.zeros((), dtype=torch.int64)
         self._epoch_start = torch.zeros((), dtype=torch.int64)
 
@@ -73,8 +75,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checking its options and parameters."""
+        update = self._update_of({**self.defaults, **param_group})
+        if "update" in param_group and self._lr_of_update:
+            param_group = {"lr": update.optimizer.lr, **param_group}
         number("lr", param_group.get("lr", self.defaults["lr"]))
-        self._update_of({**self.defaults, **param_group})
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         for p in params:
@@ -103,7 +107,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def new_epoch(self) -> None:
         """Declare that the next step begins an epoch (for EpochGated and EpochReset)."""
-        self._epoch_start.fill_(self.clock + 1)
+        self._epoch_start.fill_(integer("epoch_start", self.clock + 1, 1, LAST_STEP))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,38 +189,59 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: state that does not fit the parameters.
         """
-        state_dict = dict(state_dict)
-        clock, epoch_start = state_dict.pop("clock"), state_dict.pop("epoch_start")
-        groups = []
-        for group in state_dict["param_groups"]:
-            group = dict(group)
-            for key, value in group.items():
-                if isinstance(value, dict) and value.get("policy") == "RowUpdate":
-                    update = RowUpdate.from_dict(value)
-                    group[key] = update if key == "update" else update.rounding
-            groups.append(group)
-        state_dict["param_groups"] = groups
-        ids = [i for group in groups for i in group["params"]]
+        saved = dict(state_dict)
+        for key in ("clock", "epoch_start"):
+            if key not in saved:
+                raise ValueError(f"{key}: got none, accepted: a state_dict of this class")
+        clock = integer("clock", saved.pop("clock"), 0, LAST_STEP)
+        epoch_start = integer("epoch_start", saved.pop("epoch_start"), 0, LAST_STEP)
+        saved["param_groups"] = [self._revived(group) for group in saved["param_groups"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=False):
-            for name, value in state_dict["state"].get(i, {}).items():
-                want = torch.int32 if name == "prev_iter" else torch.float32
-                if value.shape[0] != p.shape[0] or value.dtype != want:
-                    raise ValueError(
-                        f"state {name}: got {value.dtype} {list(value.shape)}, accepted: {want} "
-                        f"[{p.shape[0]}]"
-                    )
-        super().load_state_dict(state_dict)
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        updates = {
+            i: self._update_of(group) for group in saved["param_groups"] for i in group["params"]
+        }
+        if len(ids) == len(params):  # else torch says what is wrong
+            for i, p in zip(ids, params, strict=True):
+                if i in saved["state"]:
+                    _check_state(saved["state"][i], updates[i], p.shape[0], clock)
+        super().load_state_dict(saved)
         # torch casts state to the parameter's dtype; ours has its own.
         for i, p in zip(ids, params, strict=True):
-            if i in state_dict["state"]:
-                self.state[p] = {n: v.clone() for n, v in state_dict["state"][i].items()}
-        self._clock.copy_(clock)
-        self._epoch_start.copy_(epoch_start)
+            if i in saved["state"]:
+                self.state[p] = {n: v.clone() for n, v in saved["state"][i].items()}
+        self._clock.fill_(clock)
+        self._epoch_start.fill_(epoch_start)
+
+    @staticmethod
+    def _revived(group: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved group with its policies as objects again, and its lr checked."""
+        group = dict(group)
+        for key, value in group.items():
+            if isinstance(value, dict) and value.get("policy") == "RowUpdate":
+                update = RowUpdate.from_dict(value)
+                group[key] = update if key == "update" else update.rounding
+        number("lr", group["lr"])
+        return group
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("on_nonfinite", "nonfinite_rows", "_clock", "_epoch_start")
+        own = ("on_nonfinite", "nonfinite_rows", "_lr_of_update", "_clock", "_epoch_start")
         return {**super().__getstate__(), **{k: self.__dict__[k] for k in own}}
+
+
+def _check_state(state: dict[str, Any], update: RowUpdate, rows: int, clock: int) -> None:
+    """Refuse saved state that is not that of ``update`` for a table of ``rows`` rows."""
+    if set(state) != set(update.state_names):
+        raise ValueError(f"state: got {sorted(state)}, accepted: {sorted(update.state_names)}")
+    for name, value in state.items():
+        want = torch.int32 if name == "prev_iter" else torch.float32
+        if value.shape != (rows,) or value.dtype != want:
+            raise ValueError(
+                f"state {name}: got {value.dtype} {list(value.shape)}, accepted: {want} [{rows}]"
+            )
+    low, high = int(state["prev_iter"].min()), int(state["prev_iter"].max())
+    if low < 0 or high > clock:
+        raise ValueError(f"state prev_iter: got {low} to {high}, accepted: 0 to the clock, {clock}")
 
 
 class RowwiseRMSpropAR(SparseOptimizer):

@@ -33,6 +33,15 @@ class Batch:
     lrs: tuple[float, ...]
 
 
+def check_unwritten(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
+    """Refuse a gradient of per_sample_weights that would be computed from other rows than were read."""
+    if versions != module._versions():
+        raise RuntimeError(
+            "the tables were written to between forward and backward, so the gradient of "
+            "per_sample_weights can no longer be computed"
+        )
+
+
 class FusedLookup(torch.autograd.Function):
     """Forward: look rows up. Backward: update them."""
 
@@ -49,7 +58,7 @@ class FusedLookup(torch.autograd.Function):
     ) -> Tensor:
         """Look up; ``anchor`` requires grad so that autograd calls the backward."""
         ctx.module, ctx.ticket, ctx.batch = module, ticket, batch
-        ctx.generation = module._generation
+        ctx.versions = module._versions()
         ctx.save_for_backward(indices, offsets, weights)
         return module._lookup(batch, indices, offsets, weights)
 
@@ -63,7 +72,7 @@ class FusedLookup(torch.autograd.Function):
                 "this forward has had its backward, which updated the tables; a fused module takes "
                 "one backward per forward. Build it with fused=False to accumulate gradients."
             )
-        if ctx.generation != module._generation:
+        if ctx.versions[0] != module._generation:
             raise RuntimeError(
                 "the tables were loaded, evicted from, converted or moved between forward and "
                 "backward, so this gradient no longer belongs to them"
@@ -72,6 +81,7 @@ class FusedLookup(torch.autograd.Function):
         grad = grad.contiguous()
         weights_grad = None
         if ctx.needs_input_grad[6]:
+            check_unwritten(ctx.versions, module)
             weights_grad = module._weight_gradients(ctx.batch, indices, offsets, grad)
         if ticket is not None:
             ticket.used = True
@@ -93,7 +103,7 @@ class SparseLookup(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         """Look up; ``tables`` are what the gradients will be for."""
-        ctx.module, ctx.batch, ctx.generation = module, batch, module._generation
+        ctx.module, ctx.batch, ctx.versions = module, batch, module._versions()
         ctx.save_for_backward(indices, offsets, weights)
         return module._lookup(batch, indices, offsets, weights)
 
@@ -102,15 +112,11 @@ class SparseLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of per_sample_weights and of the tables."""
         module, batch = ctx.module, ctx.batch
-        if ctx.needs_input_grad[4] and ctx.generation != module._generation:
-            raise RuntimeError(
-                "the tables were updated, loaded, evicted from, converted or moved between forward "
-                "and backward, so the gradient of per_sample_weights can no longer be computed"
-            )
         indices, offsets, weights = ctx.saved_tensors
         grad = grad.contiguous()
         weights_grad = None
         if ctx.needs_input_grad[4]:
+            check_unwritten(ctx.versions, module)
             weights_grad = module._weight_gradients(batch, indices, offsets, grad)
         needed = ctx.needs_input_grad[5:]
         tables = sparse_gradients(module, batch, indices, offsets, weights, grad, needed)

@@ -2,8 +2,10 @@
 
 Beside ``weights.<table>`` there are ``state.<table>.prev_iter``, ``state.<table>.momentum1`` (contiguous
 copies), ``clock``, ``epoch_start``, ``lr`` (float64, one per param group) and, as ``_extra_state``, the
-policies as plain values. A checkpoint whose shapes, dtypes or policies differ is refused; with
-``strict=False`` other policies are accepted and the module's own stay.
+policies as plain values. A checkpoint whose shapes, dtypes or policies differ is refused. Other policies
+are accepted, and the module's own stay, with ``load_state_dict(..., strict=False)`` on the module itself
+or, inside a larger model (torch does not tell its parts about ``strict``), with
+``module.strict_policies = False``.
 """
 
 from __future__ import annotations
@@ -46,81 +48,102 @@ def policies(module: TableBatchedEmbeddingBags) -> dict[str, Any]:
 
 
 def _policy_differences(
-    module: TableBatchedEmbeddingBags, saved: Mapping[str, Any]
+    module: TableBatchedEmbeddingBags, saved: Any, prefix: str
 ) -> Iterator[str]:
     """Yield how a checkpoint's policies differ from the module's. (lr is loaded, not compared.)"""
+    own = policies(module)
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("update"), Mapping):
+        yield f"{prefix}_extra_state: got {saved!r}, accepted: policies such as {own}"
+        return
 
-    def without_lr(update: Mapping[str, Any]) -> dict[str, Any]:
-        optimizer = {k: v for k, v in update["optimizer"].items() if k != "lr"}
-        return {**update, "optimizer": optimizer}
+    def without_lr(update: Any) -> Any:
+        if not isinstance(update, Mapping) or not isinstance(update.get("optimizer"), Mapping):
+            return update
+        return {**update, "optimizer": {**update["optimizer"], "lr": None}}
 
-    for table, update in policies(module)["update"].items():
-        theirs = saved.get("update", {}).get(table)
-        if theirs is not None and without_lr(theirs) != without_lr(update):
+    for table, update in own["update"].items():
+        theirs = saved["update"].get(table)
+        if without_lr(theirs) != without_lr(update):
             yield f"update of '{table}': got {theirs}, accepted: the module's, {update}"
-    if saved.get("charge", module.charge) != module.charge:
-        yield f"charge: got {saved['charge']!r}, accepted: the module's, {module.charge!r}"
+    if saved.get("charge") != module.charge:
+        yield f"charge: got {saved.get('charge')!r}, accepted: the module's, {module.charge!r}"
 
 
 def _problems(
-    module: TableBatchedEmbeddingBags, state_dict: Mapping[str, Any], prefix: str, strict: bool
+    module: TableBatchedEmbeddingBags, state_dict: Mapping[str, Any], prefix: str
 ) -> Iterator[str]:
     """Yield all that speaks against loading ``state_dict``."""
-    wanted = {f"weights.{name}": p for name, p in module.weights.items()} | _own_tensors(module)
+    own = _own_tensors(module)
+    wanted = {f"weights.{name}": p for name, p in module.weights.items()} | own
     fits = True
     for key, target in wanted.items():
-        given = state_dict.get(prefix + key)
-        if given is None:
-            continue
-        if given.shape != target.shape or given.dtype != target.dtype:
+        given = state_dict.get(prefix + key, target)
+        if not isinstance(given, Tensor):
             fits = False
-            yield (
-                f"{prefix}{key}: got {given.dtype} {list(given.shape)}, accepted: {target.dtype} "
-                f"{list(target.shape)}"
-            )
+            got = type(given).__name__
+        elif given.shape != target.shape or given.dtype != target.dtype:
+            fits = False
+            got = f"{given.dtype} {list(given.shape)}"
+        else:
+            continue
+        yield f"{prefix}{key}: got {got}, accepted: {target.dtype} {list(target.shape)}"
+    compare = module.strict_policies and module._load_strict is not False
+    if compare and prefix + "_extra_state" in state_dict:
+        yield from _policy_differences(module, state_dict[prefix + "_extra_state"], prefix)
     if not fits:
         return
-    clock = int(state_dict.get(prefix + "clock", module._clock))
-    if not 0 <= clock <= LAST_STEP:
-        yield f"{prefix}clock: got {clock}, accepted: 0 to 2**31 - 1"
-    for table, views in module.state.items():
-        key = f"{prefix}state.{table}.prev_iter"
-        touched = state_dict.get(key, views["prev_iter"])
+    for key in ("clock", "epoch_start"):
+        value = int(state_dict.get(prefix + key, own[key]))
+        if not 0 <= value <= LAST_STEP:
+            yield f"{prefix}{key}: got {value}, accepted: 0 to 2**31 - 1"
+    lr = state_dict.get(prefix + "lr", own["lr"])
+    if not bool((lr.isfinite() & (lr >= 0)).all()):
+        yield f"{prefix}lr: got {lr.tolist()}, accepted: finite numbers >= 0"
+    clock = int(state_dict.get(prefix + "clock", own["clock"]))
+    for table in module.state:
+        key = f"state.{table}.prev_iter"
+        touched = state_dict.get(prefix + key, own[key])
         low, high = int(touched.min()), int(touched.max())
         if low < 0 or high > clock:
-            yield f"{key}: got {low} to {high}, accepted: 0 to the clock, {clock}"
-    extra = state_dict.get(prefix + "_extra_state")
-    if strict and isinstance(extra, Mapping):
-        yield from _policy_differences(module, extra)
+            yield f"{prefix}{key}: got {low} to {high}, accepted: 0 to the clock, {clock}"
 
 
 def load(
     module: TableBatchedEmbeddingBags,
     state_dict: dict[str, Any],
     prefix: str,
-    strict: bool,
     missing_keys: list[str],
+    unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> bool:
-    """Check everything, weights included, then load what :func:`save` saved, and take it away.
+    """Load what :func:`save` saved and take it away, or refuse all of it, weights included.
 
-    Returns whether the rest (the weights) may be loaded.
+    Returns whether torch may go on with the rest (weights and extra state).
     """
-    problems = list(_problems(module, state_dict, prefix, strict))
     own = _own_tensors(module)
-    if problems:
+    weights = {f"weights.{name}": p.detach() for name, p in module.weights.items()}
+    known = {prefix + key for key in (*weights, *own, "_extra_state")}
+    missing = [key for key in sorted(known) if key not in state_dict]
+    unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known]
+    problems = list(_problems(module, state_dict, prefix))
+    # None: part of a larger model. Then torch loads what is there and raises for the rest if strict.
+    strict = module._load_strict is True
+    if problems or (strict and (missing or unexpected)):
         error_msgs += problems
-        # The weights' submodule loads from this dict afterwards: leave it nothing to load.
-        for name in module.weights:
-            state_dict.pop(f"{prefix}weights.{name}", None)
+        if strict:
+            missing_keys += missing
+            unexpected_keys += unexpected
+        for key in (*own, *(key.removeprefix(prefix) for key in unexpected)):
+            state_dict.pop(prefix + key, None)
+        # The weights' submodule loads from this dict next: let it load what it has.
+        state_dict.update({prefix + key: weight for key, weight in weights.items()})
+        return False
     for key, target in own.items():
         given = state_dict.pop(prefix + key, None)
-        if problems:
-            continue
         if given is None:
             missing_keys.append(prefix + key)
         elif key == "lr":
             module._set_group_lrs(given.tolist())
         else:
             target.copy_(given)
-    return not problems
+    return True

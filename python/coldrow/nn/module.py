@@ -54,6 +54,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         weights: tables by name, ``[E, D]``, live and writable.
         grad_scale: fused gradients are divided by it; set it where the loss is scaled.
         nonfinite_rows: rows skipped so far as non-finite.
+        strict_policies: refuse a checkpoint whose policies differ from the module's.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.validate, self.state_layout = validate, state_layout
         self.grad_scale = 1.0
         self.nonfinite_rows = 0
+        self.strict_policies = True
+        self._load_strict: bool | None = None
 
         parameters = {}
         for table in tables:
@@ -127,6 +130,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         self._outstanding: weakref.ref[Ticket] | None = None
         self._generation = 0  # moves whenever tables change outside backward and step
         self._optimizer: _Handle | None = None
+        self.register_load_state_dict_post_hook(_after_load)
         self._prepare()
 
     # ------------------------------------------------------------------------------------- build
@@ -475,7 +479,12 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _tick(self) -> None:
         self._clock += 1
-        torch.autograd.graph.increment_version(self._parameters_list)
+        written = self._parameters_list + [m for s in self._state for m in s.memory]
+        torch.autograd.graph.increment_version(written)
+
+    def _versions(self) -> tuple[int, ...]:
+        """What changes whenever somebody writes to a table."""
+        return (self._generation, *[p._version for p in self._parameters_list])
 
     def step(self) -> None:
         """Apply the gradients that backwards left on the tables (``fused=False``), and tick the clock.
@@ -531,7 +540,6 @@ class TableBatchedEmbeddingBags(nn.Module):
             "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
         )
         self._tick()
-        self._generation += 1
 
     # ------------------------------------------------------------------------------ rows and state
 
@@ -642,6 +650,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self._group_lrs()  # takes in what was assigned to a group
         derived = (
             "_native",
             "_compiled",
@@ -678,6 +687,20 @@ class TableBatchedEmbeddingBags(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Do nothing: policies were compared before anything was loaded."""
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a checkpoint, all of it or nothing; see :mod:`coldrow.nn.checkpoint`.
+
+        Raises:
+            RuntimeError: listing all that is missing, unexpected or does not fit.
+        """
+        self._load_strict = bool(strict)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._load_strict = None
+
     def _load_from_state_dict(  # all or nothing, see checkpoint.load
         self,
         state_dict: dict[str, Any],
@@ -688,7 +711,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if checkpoint.load(self, state_dict, prefix, strict, missing_keys, error_msgs):
+        if checkpoint.load(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs):
             super()._load_from_state_dict(
                 state_dict,
                 prefix,
@@ -698,16 +721,20 @@ class TableBatchedEmbeddingBags(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
-            self._generation += 1
+
+
+def _after_load(module: TableBatchedEmbeddingBags, _: Any) -> None:
+    """Take in the tables that a load with ``assign=True`` put in place of the old ones."""
+    module._prepare()
 
 
 class _Handle(torch.optim.Optimizer):
     """A module's param_groups in the shape that torch's LR schedulers ask for."""
 
     def __init__(self, module: TableBatchedEmbeddingBags) -> None:
+        self._module = weakref.ref(module)
         super().__init__([{"params": g["params"]} for g in module.param_groups], {})
         self.param_groups = module.param_groups
-        self._module = weakref.ref(module)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Run the module's step where its backward did not update the tables already."""
@@ -716,3 +743,10 @@ class _Handle(torch.optim.Optimizer):
         module = self._module()
         if module is not None and not module.fused:
             module.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what schedulers keep in the groups, and lr, into the module's own groups."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+            if isinstance(group["lr"], Tensor):  # its value, not the saved tensor
+                group["lr"] = float(group["lr"])
