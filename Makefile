@@ -43,13 +43,14 @@ test-python: build
 # COLDROW_REQUIRE_CPP_TESTS is set (as CI does).
 test-cpp: build
 	@if echo '#include <gtest/gtest.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
-	  PATH="$(BIN):$$PATH" $(CMAKE) -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	      -DCOLDROW_PYTHON=OFF -DCOLDROW_TESTS=ON -DCOLDROW_WERROR=ON >build/cpp-configure.log \
-	    || { cat build/cpp-configure.log; exit 1; }; \
-	  PATH="$(BIN):$$PATH" $(CMAKE) --build build/cpp && \
-	  ctest --test-dir build/cpp --output-on-failure -j$$(nproc) --quiet \
-	    -O build/ctest.log || { tail -60 build/ctest.log; exit 1; }; \
-	  tail -4 build/ctest.log; \
+	  set -e; export PATH="$(BIN):$$PATH"; mkdir -p build/cpp; \
+	  $(CMAKE) -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DCOLDROW_PYTHON=OFF \
+	      -DCOLDROW_TESTS=ON -DCOLDROW_WERROR=ON >build/cpp/configure.log \
+	    || { cat build/cpp/configure.log; exit 1; }; \
+	  $(CMAKE) --build build/cpp; \
+	  ctest --test-dir build/cpp --output-on-failure -j $$(nproc) --quiet -O build/cpp/ctest.log \
+	    || { cat build/cpp/ctest.log; exit 1; }; \
+	  tail -n 4 build/cpp/ctest.log; \
 	elif [ -n "$$COLDROW_REQUIRE_CPP_TESTS" ]; then \
 	  echo "error: GoogleTest is not installed: apt-get install libgtest-dev"; exit 1; \
 	else \

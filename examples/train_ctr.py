@@ -29,16 +29,17 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
 
-import coldrow
 import ctr_data
 import numpy as np
 import torch
-from coldrow.nn import Table, TableBatchedEmbeddingBags
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as TextTable
 from torch.nn import functional
 from tqdm import tqdm
+
+import coldrow
+from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SELECTION_SEED = 0  # hyper-parameters are picked with this one, and it is not reported

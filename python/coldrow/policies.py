@@ -289,10 +289,12 @@ class Stochastic(Rounding):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1")
+        error = f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1"
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+            raise TypeError(error)
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1")
+            raise ValueError(error)
+        object.__setattr__(self, "seed", int(self.seed))
 
 
 @dataclass(frozen=True)

@@ -988,6 +988,7 @@ CONVERSIONS = {
     "to like": (lambda emb: emb.to(torch.empty(0, dtype=torch.float16)), torch.float16),
     "float": (lambda emb: emb.half().float(), torch.float32),
     "parent": (lambda emb: nn.Sequential(emb).bfloat16()[0], torch.bfloat16),
+    "type": (lambda emb: emb.type(torch.bfloat16), torch.bfloat16),  # casts integers too
 }
 
 
@@ -1131,3 +1132,27 @@ def test_cpu_checks_need_no_check():
         with pytest.raises(IndexError):
             emb(torch.tensor([99]), torch.tensor([0, 1, 1, 1]))
         assert emb.check() is None
+
+
+def test_evict_with_a_gradient_waiting():
+    emb = make(fused=False)
+    emb(*make_batch()).sum().backward()
+    name = emb.tables[0].name
+    before = emb.weights[name].detach().clone()
+    with pytest.raises(RuntimeError, match=r"evict: table .* call step\(\) or zero_grad\(\) first"):
+        emb.evict(name, [1])
+    assert torch.equal(emb.weights[name], before)
+    emb.zero_grad()
+    emb.evict(name, [1])
+
+
+def test_building_under_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="could never be trained"):
+        make()
+
+
+def test_compiled_model_breaks_its_graph_around_the_tables():
+    emb = make()
+    model = torch.compile(lambda *batch: emb(*batch).sum() * 2, backend="eager")
+    model(*make_batch()).backward()
+    assert emb.clock == 1

@@ -56,7 +56,9 @@ void make_entries(const Batch<Index>& batch, const std::int64_t* table_base, int
         const std::int64_t lo = part_begin(feature.positions, part, threads);
         const std::int64_t hi = part_begin(feature.positions, part + 1, threads);
         for (std::int64_t i = lo; i < hi; ++i) {
-          put(feature.first_position + i, feature.first_row + i, 1.0f);
+          const std::int64_t p = feature.first_position + i;
+          const bool weighted = batch.pooled && batch.per_sample_weights != nullptr;
+          put(p, feature.first_row + i, weighted ? batch.per_sample_weights[p] : 1.0f);
         }
         continue;
       }

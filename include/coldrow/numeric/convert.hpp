@@ -31,8 +31,7 @@ struct Convert<bfloat16> {
     return add_and_cut(b, 0x7fffu + ((b >> 16) & 1u));
   }
   static COLDROW_HD bfloat16 stochastic(float x, std::uint32_t random16) {
-    const auto b = bit_cast<std::uint32_t>(x);
-    return add_and_cut(b, (b & 0x7fffffffu) == 0x7f800000u ? 0u : random16);
+    return add_and_cut(bit_cast<std::uint32_t>(x), random16);
   }
 
  private:

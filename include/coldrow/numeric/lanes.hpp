@@ -61,10 +61,7 @@ COLDROW_INLINE void store_nearest(const Vector& x, bfloat16* p) {
   store_cut(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)), p);
 }
 COLDROW_INLINE void store_stochastic(const Vector& x, const std::uint32_t* random16, bfloat16* p) {
-  const __m512i b = _mm512_castps_si512(x.v);
-  const __m512i rest = _mm512_and_si512(b, _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 inf = _mm512_cmpeq_epi32_mask(rest, _mm512_set1_epi32(0x7f800000));
-  store_cut(b, _mm512_maskz_loadu_epi32(static_cast<__mmask16>(~inf), random16), p);
+  store_cut(_mm512_castps_si512(x.v), _mm512_loadu_si512(random16), p);
 }
 COLDROW_INLINE void multiply_add(Vector& acc, const Vector& a, const Vector& b) {
   acc.v = _mm512_fmadd_ps(a.v, b.v, acc.v);
@@ -108,11 +105,8 @@ COLDROW_INLINE void store_nearest(const Vector& x, bfloat16* p) {
   store_cut(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), p);
 }
 COLDROW_INLINE void store_stochastic(const Vector& x, const std::uint32_t* random16, bfloat16* p) {
-  const __m256i b = _mm256_castps_si256(x.v);
-  const __m256i rest = _mm256_and_si256(b, _mm256_set1_epi32(0x7fffffff));
-  const __m256i inf = _mm256_cmpeq_epi32(rest, _mm256_set1_epi32(0x7f800000));
   const __m256i random = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random16));
-  store_cut(b, _mm256_andnot_si256(inf, random), p);
+  store_cut(_mm256_castps_si256(x.v), random, p);
 }
 COLDROW_INLINE void multiply_add(Vector& acc, const Vector& a, const Vector& b) {
   acc.v = _mm256_fmadd_ps(a.v, b.v, acc.v);
@@ -182,7 +176,7 @@ COLDROW_INLINE void broadcast(Lanes<N>& x, float s) {
 template <int N>
 COLDROW_INLINE void multiply_add(Lanes<N>& acc, const Lanes<N>& a, const Lanes<N>& b) {
   COLDROW_LANES
-  for (int k = 0; k < N; ++k) acc.v[k] = fma(a.v[k], b.v[k], acc.v[k]);
+  for (int k = 0; k < N; ++k) acc.v[k] = math::fma(a.v[k], b.v[k], acc.v[k]);
 }
 template <int N>
 COLDROW_INLINE float sum(const Lanes<N>& x) {

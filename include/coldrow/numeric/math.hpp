@@ -15,6 +15,8 @@ COLDROW_HD To bit_cast(const From& from) {
   return __builtin_bit_cast(To, from);
 }
 
+// In a namespace of their own: beside `using namespace coldrow` they would clash with C's.
+namespace math {
 #if defined(__CUDA_ARCH__)
 COLDROW_HD float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 COLDROW_HD double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -26,6 +28,7 @@ COLDROW_HD double fma(double a, double b, double c) { return __builtin_fma(a, b,
 COLDROW_HD float sqrt(float x) { return __builtin_sqrtf(x); }
 COLDROW_HD double log1p(double x) { return __builtin_log1p(x); }
 #endif
+}  // namespace math
 
 COLDROW_HD bool is_finite(float x) {
   return (bit_cast<std::uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
@@ -45,20 +48,22 @@ inline constexpr float kSmallestNormal = 1.17549435e-38f;
 // 2^x for x <= 0, relative error below 1e-13, 0 where the result is below the smallest normal
 // float32. Taylor series of 2^f on |f| <= 1/2; the coefficients are ln(2)^k / k!.
 COLDROW_HD double exp2_fixed(double x) {
-  if (!(x >= -126.0)) return 0.0;  // also x = -inf
+  if (x < -126.0) return 0.0;  // also x = -inf
+  if (x != x) return x;
   const int whole = static_cast<int>(x - 0.5);
   const double f = x - whole;
-  double p = 7.054911620801121e-09;
-  p = fma(p, f, 1.0178086009239696e-07);
-  p = fma(p, f, 1.3215486790144305e-06);
-  p = fma(p, f, 1.5252733804059838e-05);
-  p = fma(p, f, 0.00015403530393381606);
-  p = fma(p, f, 0.0013333558146428441);
-  p = fma(p, f, 0.009618129107628477);
-  p = fma(p, f, 0.055504108664821576);
-  p = fma(p, f, 0.2402265069591007);
-  p = fma(p, f, 0.6931471805599453);
-  p = fma(p, f, 1.0);
+  double p = 4.445538271870811e-10;
+  p = math::fma(p, f, 7.054911620801121e-09);
+  p = math::fma(p, f, 1.0178086009239696e-07);
+  p = math::fma(p, f, 1.3215486790144305e-06);
+  p = math::fma(p, f, 1.5252733804059838e-05);
+  p = math::fma(p, f, 0.00015403530393381606);
+  p = math::fma(p, f, 0.0013333558146428441);
+  p = math::fma(p, f, 0.009618129107628477);
+  p = math::fma(p, f, 0.055504108664821576);
+  p = math::fma(p, f, 0.2402265069591007);
+  p = math::fma(p, f, 0.6931471805599453);
+  p = math::fma(p, f, 1.0);
   const auto scale = static_cast<std::uint64_t>(1023 + whole) << 52;
   return p * bit_cast<double>(scale);
 }

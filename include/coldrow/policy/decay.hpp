@@ -19,6 +19,9 @@
 
 COLDROW_BEGIN
 
+// (In min_of and max_of below the computed value comes first: so a NaN stays one, and its row is
+// skipped as not finite instead of wiped.)
+
 template <class D>
 concept DecayPolicy =
     std::is_trivially_copyable_v<D> && requires(const D d, std::int32_t gap, float lr) {
@@ -62,7 +65,7 @@ struct LinearClipped {
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
     const float rate = lr * alpha;
     const float charge = static_cast<float>(static_cast<double>(rate) * static_cast<double>(gap));
-    return max_of(min_shrinkage, 1.0f - max_of(0.0f, min_of(1.0f, charge)));
+    return max_of(1.0f - max_of(min_of(charge, 1.0f), 0.0f), min_shrinkage);
   }
 };
 
@@ -70,7 +73,7 @@ struct LinearClipped {
 // Source: the decay of Li & Lyu, "Adaptive Regularization" (ICLR 2026), run densely (each untouched
 // step j multiplies by 1 - alpha*j), here evaluated when the row is touched.
 //
-// The product is 0 in float32 beyond about sqrt(175/alpha) steps, so all its values fit in a small
+// The product is 0 in float32 beyond about math::sqrt(175/alpha) steps, so all its values fit in a small
 // table. Whoever runs the policy owns the table: make table_size(alpha) floats, fill_table() them,
 // and keep them as long as the policy is used (on a device: a copy in device memory). Without a
 // table the policy is right but multiplies step by step. Below alpha = 1e-8 there is no table: the
@@ -101,18 +104,18 @@ struct CumulativeLinear {
     double p = 1.0;
     for (std::int32_t n = 0; n < size; ++n) {
       p *= n == 0 ? 1.0 : step_factor(alpha, n);
-      out[n] = p >= kSmallestNormal ? static_cast<float>(p) : 0.0f;
+      out[n] = p < kSmallestNormal ? 0.0f : static_cast<float>(p);
     }
   }
 
  private:
   static COLDROW_HD double step_factor(double alpha, std::int32_t j) {
-    return 1.0 - min_of(1.0, alpha * j);
+    return 1.0 - min_of(alpha * j, 1.0);
   }
   COLDROW_HD float product(std::int32_t n) const {
     double p = 1.0;
     for (std::int32_t j = 1; j <= n && p >= kSmallestNormal; ++j) p *= step_factor(alpha, j);
-    return p >= kSmallestNormal ? static_cast<float>(p) : 0.0f;
+    return p < kSmallestNormal ? 0.0f : static_cast<float>(p);
   }
   // ln prod = -sum_k alpha^k/k * (1^k + ... + n^k); the fourth term is below 3e-8 wherever the
   // result is not 0.
@@ -147,7 +150,7 @@ struct Exponential {
   COLDROW_HD ExponentialAtStep prepare(std::int32_t, double lr, std::int32_t) const {
     if (half_life > 0.0) return {-1.0 / half_life};
     const double charge = lr * weight_decay;
-    return {charge >= 1.0 ? -1e300 : log1p(-charge) * 1.4426950408889634};
+    return {charge >= 1.0 ? -1e300 : math::log1p(-charge) * 1.4426950408889634};
   }
   // For a caller without a prepare step; drivers evaluate the prepared form.
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
@@ -159,7 +162,7 @@ struct Exponential {
 struct Constant {
   float weight_decay = 0.0f;
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
-    return gap <= 0 ? 1.0f : max_of(0.0f, 1.0f - lr * weight_decay);
+    return gap <= 0 ? 1.0f : max_of(1.0f - lr * weight_decay, 0.0f);
   }
 };
 

@@ -35,7 +35,7 @@ struct RowMultiplier {
 };
 
 // Row-wise RMSprop: one second moment per row.
-//     v = beta*v + (1-beta)*mean(g^2);   w -= lr/(sqrt(v)+eps) * g
+//     v = beta*v + (1-beta)*mean(g^2);   w -= lr/(math::sqrt(v)+eps) * g
 // Source: FBGEMM's ROWWISE_RMSPROP_AR (its order of roundings, so that results agree).
 struct RowwiseRMSprop {
   float eps = 1e-8f;
@@ -45,8 +45,8 @@ struct RowwiseRMSprop {
   static constexpr int vector_states = 0;
 
   COLDROW_HD RowMultiplier row(float* scalars, float mean_square, float lr, std::int32_t) const {
-    scalars[0] = fma(ema_beta, scalars[0], (1.0f - ema_beta) * mean_square);
-    return {lr / (sqrt(scalars[0]) + eps)};
+    scalars[0] = math::fma(ema_beta, scalars[0], (1.0f - ema_beta) * mean_square);
+    return {lr / (math::sqrt(scalars[0]) + eps)};
   }
   COLDROW_HD float element(const RowMultiplier& row, float g, float*) const {
     return row.multiplier * g;

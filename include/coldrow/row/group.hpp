@@ -11,8 +11,10 @@
 
 COLDROW_BEGIN
 
+// block is a power of two up to 16.
 template <class G>
 concept Group = requires(const G g, float x) {
+  requires G::block >= 1 && G::block <= 16 && (G::block & (G::block - 1)) == 0;
   { G::block } -> std::convertible_to<int>;
   { g.rank() } -> std::same_as<int>;
   { g.size() } -> std::same_as<int>;

@@ -153,7 +153,7 @@ struct RowUpdate {
     for (int k = 0; k < N; ++k) {
       float state[RowType::kVectors];
       for (int s = 0; s < Optimizer::vector_states; ++s) state[s] = p.shrink_state * vectors[s][k];
-      w[k] = fma(p.shrink, w[k], -optimizer.element(p.row, g[k], state));
+      w[k] = math::fma(p.shrink, w[k], -optimizer.element(p.row, g[k], state));
       for (int s = 0; s < Optimizer::vector_states; ++s) vectors[s][k] = state[s];
     }
     put(w, rounding, row.weight);
@@ -163,6 +163,10 @@ struct RowUpdate {
   template <Group G>
   COLDROW_HD Plan plan(const G& group, const RowType& row, const Grad* grad, int dim) const {
     constexpr int N = G::block;
+    // The state is read before the group meets in sum(): after that its first member may write it.
+    const std::int32_t prev_iter = *row.prev_iter;
+    float scalars[RowType::kScalars] = {};
+    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] = *row.scalars[s];
     Lanes<N> squares, g;
     broadcast(squares, 0.0f);
     int c = group.rank() * N;
@@ -176,11 +180,10 @@ struct RowUpdate {
     }
     const float mean_square = group.sum(sum(squares)) / static_cast<float>(dim);
 
-    const float shrink = touch_factor(decay, step, *row.prev_iter, lr);
+    const float shrink = touch_factor(decay, step, prev_iter, lr);
     const float shrink_state = decay_state ? shrink : 1.0f;
-    float scalars[RowType::kScalars] = {};
     bool finite = is_finite(mean_square) && is_finite(shrink);
-    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] = shrink_state * *row.scalars[s];
+    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] *= shrink_state;
     const RowStep row_step = optimizer.row(scalars, mean_square, lr, step);
     finite = finite && row_step.finite();
     for (int s = 0; s < Optimizer::scalar_states; ++s) finite = finite && is_finite(scalars[s]);

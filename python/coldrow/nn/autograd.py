@@ -69,8 +69,8 @@ class FusedLookup(torch.autograd.Function):
         module, ticket = ctx.module, ctx.ticket
         if ticket is not None and ticket.used:
             raise RuntimeError(
-                "this forward has had its backward, which updated the tables; a fused module takes "
-                "one backward per forward. Build it with fused=False to accumulate gradients."
+                "this forward has had its backward; a fused module takes one backward per forward, "
+                "which updates the tables. Build it with fused=False to accumulate gradients."
             )
         if ctx.versions[0] != module._generation:
             raise RuntimeError(

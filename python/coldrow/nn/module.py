@@ -33,7 +33,8 @@ class TableBatchedEmbeddingBags(nn.Module):
     With ``fused=True`` the backward updates the rows it reaches (no ``.grad``, no ``step()``): one
     training forward may be outstanding, and each takes one backward. With ``fused=False`` the backward
     leaves sparse gradients on the tables until :meth:`step`, so gradients can accumulate over several
-    forwards. In eval mode and under ``no_grad`` nothing is ever updated.
+    forwards. In eval mode and under ``no_grad`` nothing is ever updated; ``requires_grad`` of a fused
+    table is always False and freezes nothing.
 
     Args:
         tables: :class:`Table` objects; names and features are unique.
@@ -71,6 +72,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         validate: str = "deferred",
         state_layout: str = "record",
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "tables built under torch.inference_mode() could never be trained; build them outside"
+            )
         super().__init__()
         update = RowUpdate() if update is None else update
         if not isinstance(update, RowUpdate):
@@ -98,7 +103,9 @@ class TableBatchedEmbeddingBags(nn.Module):
             )
         self.tables = [replace(t) for t in tables]  # dtype follows conversions of the module
         self.update = update
-        self.pooling, self.charge, self.fused = pooling, charge, bool(fused)
+        if not isinstance(fused, bool):
+            raise TypeError(f"fused: got {fused!r}, accepted: True or False")
+        self.pooling, self.charge, self.fused = pooling, charge, fused
         self.output_dtype, self.on_nonfinite = output_dtype, on_nonfinite
         self.validate, self.state_layout = validate, state_layout
         self.grad_scale = 1.0
@@ -153,9 +160,8 @@ class TableBatchedEmbeddingBags(nn.Module):
             [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
         ]
         self._generation += 1
-        if self.charge == "read":
-            for p in self._parameters_list:
-                p._coldrow_read_charged = True  # type: ignore[attr-defined]
+        for p in self._parameters_list:
+            p._coldrow_read_charged = self.charge == "read"  # type: ignore[attr-defined]
 
     @classmethod
     def from_torch(
@@ -283,6 +289,7 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     # ------------------------------------------------------------------------------------ forward
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph break around the tables, until there are registered ops
     def forward(
         self,
         indices: Tensor,
@@ -480,7 +487,7 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _tick(self) -> None:
         self._clock += 1
         written = self._parameters_list + [m for s in self._state for m in s.memory]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
     def _versions(self) -> tuple[int, ...]:
         """What changes whenever somebody writes to a table."""
@@ -612,9 +619,18 @@ class TableBatchedEmbeddingBags(nn.Module):
         return (prev_iter <= self.clock - min_gap).nonzero().squeeze(1)
 
     def evict(self, name: str, rows: Tensor | Sequence[int]) -> None:
-        """Re-initialise rows with the table's initialiser and zero their state."""
+        """Re-initialise rows with the table's initialiser and zero their state.
+
+        Raises:
+            RuntimeError: if the table has a gradient waiting for :meth:`step`.
+        """
         t = self._index_of(name)
         rows = self._rows(t, rows).long()
+        if self._parameters_list[t].grad is not None:
+            raise RuntimeError(
+                f"evict: table {name!r} has a gradient that waits for step(), which would train the new "
+                "rows with what belongs to the old; call step() or zero_grad() first"
+            )
         fresh = torch.empty(rows.numel(), self.tables[t].dim, dtype=self._parameters_list[t].dtype)
         self.tables[t].fill(fresh)
         self._parameters_list[t].detach()[rows] = fresh

@@ -1,0 +1,84 @@
+#include <coldrow/policy/any_decay.hpp>
+
+#include "../support.hpp"
+
+namespace coldrow_test {
+namespace {
+
+static_assert(DecayPolicy<AnyDecay> && DecayPolicy<AnyDecay::AtStep>);
+
+// `any` and `policy` are one function, bit for bit.
+template <class Policy>
+void expect_same(const AnyDecay& any, const Policy& policy) {
+  for (const double lr : {1e-4, 0.02, 1.0}) {
+    const auto lr32 = static_cast<float>(lr);
+    for (const std::int32_t step : {0, 1, 5, 1000, 16777300, INT32_MAX}) {
+      for (const std::int32_t epoch_start : {0, 1, 4, 900, INT32_MAX - 10}) {
+        const auto a = prepare(any, step, lr, epoch_start);
+        const auto b = prepare(policy, step, lr, epoch_start);
+        for (const std::int32_t gap : {0, 1, 2, 4, 5, 99, 101, 996, 16777217, INT32_MAX}) {
+          ASSERT_EQ(bits_of(a(gap, lr32)), bits_of(b(gap, lr32)))
+              << "lr " << lr << " step " << step << " epoch " << epoch_start << " gap " << gap;
+        }
+        ASSERT_EQ(bits_of(first_touch(a, lr32)), bits_of(first_touch(b, lr32)));
+      }
+    }
+    for (const std::int32_t gap : {0, 1, 7, 1000000}) {
+      ASSERT_EQ(bits_of(any(gap, lr32)), bits_of(policy(gap, lr32))) << "unprepared, gap " << gap;
+    }
+  }
+}
+
+template <class Policy>
+void expect_same_gated_and_not(AnyDecay any, const Policy& policy) {
+  expect_same(any, policy);
+  any.epoch_gated = true;
+  expect_same(any, EpochGated<Policy>{policy});
+}
+
+TEST(AnyDecay, DefaultIsNoDecay) { expect_same_gated_and_not(AnyDecay{}, NoDecay{}); }
+
+TEST(AnyDecay, LinearClipped) {
+  AnyDecay any;
+  any.kind = DecayKind::linear_clipped;
+  any.linear_clipped = {1e-3f, 0.1f};
+  expect_same_gated_and_not(any, LinearClipped{1e-3f, 0.1f});
+}
+
+TEST(AnyDecay, CumulativeLinear) {
+  std::vector<float> table(static_cast<std::size_t>(CumulativeLinear::table_size(1e-3)));
+  CumulativeLinear::fill_table(1e-3, table.data());
+  AnyDecay any;
+  any.kind = DecayKind::cumulative_linear;
+  for (const CumulativeLinear& policy :
+       {CumulativeLinear{1e-3}, CumulativeLinear{1e-9},
+        CumulativeLinear{1e-3, table.data(), static_cast<std::int32_t>(table.size())}}) {
+    any.cumulative_linear = policy;
+    expect_same_gated_and_not(any, policy);
+  }
+}
+
+TEST(AnyDecay, Exponential) {
+  AnyDecay any;
+  any.kind = DecayKind::exponential;
+  for (const Exponential& policy : {Exponential{0.01}, Exponential{0.0, 30.0}}) {
+    any.exponential = policy;
+    expect_same_gated_and_not(any, policy);
+  }
+}
+
+TEST(AnyDecay, Constant) {
+  AnyDecay any;
+  any.kind = DecayKind::constant;
+  any.constant = {0.3f};
+  expect_same_gated_and_not(any, Constant{0.3f});
+}
+
+TEST(AnyDecay, EpochReset) {
+  AnyDecay any;
+  any.kind = DecayKind::epoch_reset;
+  expect_same_gated_and_not(any, EpochReset{});
+}
+
+}  // namespace
+}  // namespace coldrow_test
