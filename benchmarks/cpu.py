@@ -464,6 +464,8 @@ def enter(work: Workload, args: argparse.Namespace, notes: list[str]) -> list[Co
             entered.append(make(work, start))
         except Missing as reason:
             note(notes, f"left out: {reason}")
+    if not entered:
+        raise SystemExit("no contestant left")
     return entered
 
 
@@ -568,7 +570,7 @@ def show(work: Workload, threads: int, timings: list[Timing]) -> None:
             print(f"  {name}: sort {sort:.3f} + update {update:.3f}")
 
 
-# What the closing summary compares: title, slower side, faster side, phase.
+# What the closing summary compares: title, numerator, denominator.
 COMPARISONS = (
     ("FBGEMM Adagrad / coldrow touch, fp32", "FBGEMM Adagrad fp32", "coldrow touch fp32"),
     ("FBGEMM Adagrad / coldrow read, fp32", "FBGEMM Adagrad fp32", "coldrow read fp32"),
@@ -591,12 +593,12 @@ def summarise(timings: list[Timing]) -> list[dict[str, Any]]:
         header = "".join(f"{name:>8}" for name in [*names, "geomean"])
         print(f"\nratios of medians, {threads} thread{'s' * (threads > 1)}")
         print(f"{'':56}{header}")
-        for phase, (title, slow, fast) in itertools.product(("forward", BACKWARD), COMPARISONS):
+        for phase, (title, above, below) in itertools.product(("forward", BACKWARD), COMPARISONS):
             ratios = {
-                name: medians[name, threads, slow, phase] / medians[name, threads, fast, phase]
+                name: medians[name, threads, above, phase] / medians[name, threads, below, phase]
                 for name in names
-                if (name, threads, slow, phase) in medians
-                and (name, threads, fast, phase) in medians
+                if (name, threads, above, phase) in medians
+                and (name, threads, below, phase) in medians
             }
             if not ratios:
                 continue

@@ -10,10 +10,10 @@
 // Everything that trains a row (host drivers, device kernels, your own kernels) calls this.
 #pragma once
 
-#include "../numeric/lanes.hpp"
 #include "../policy/decay.hpp"
 #include "../policy/optimizer.hpp"
 #include "group.hpp"
+#include "lanes.hpp"
 
 COLDROW_BEGIN
 

@@ -84,7 +84,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         if not tables or not all(isinstance(t, Table) for t in tables):
             raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
         names = [t.name for t in tables]
-        self.features = [f for t in tables for f in t.features]
+        self.features = [f for t in tables for f in t.features or ()]
         for what, listed in (("table", names), ("feature", self.features)):
             for name in listed:
                 if listed.count(name) > 1:
@@ -133,7 +133,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             torch.full((), u.optimizer.lr, dtype=torch.float64, device=device) for u in groups
         ]
         self._param_groups: list[dict[str, Any]] = [{"lr": lr} for lr in self._lr]
-        self._feature_tables = [i for i, t in enumerate(tables) for _ in t.features]
+        self._feature_tables = [i for i, t in enumerate(tables) for _ in t.features or ()]
         self._outstanding: weakref.ref[Ticket] | None = None
         self._generation = 0  # moves whenever tables change outside backward and step
         self._optimizer: _Handle | None = None

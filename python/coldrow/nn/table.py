@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Table:
     num_rows: int
     dim: int
     dtype: torch.dtype = torch.float32
-    features: list[str] = field(default_factory=list)
+    features: list[str] | None = None
     init: Init | None = None
     update: RowUpdate | None = None
 
@@ -47,7 +47,7 @@ class Table:
         one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.features, str):
             raise TypeError(f"features: got {self.features!r}, accepted: a list of names")
-        self.features = list(self.features) or [self.name]
+        self.features = list(self.features or [self.name])
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init: got {self.init!r}, accepted: a callable on a tensor")
         if self.update is not None and not isinstance(self.update, RowUpdate):

@@ -1,9 +1,9 @@
 // N neighbouring columns of a row in registers, as float32, and how they get there and back.
 //
 // Policies are written on single floats. Around them the drivers load and store whole blocks, convert
-// 16-bit storage, and accumulate; Lanes<N> is that block. For N = 16 on x86-64 it is vector registers
-// (one of AVX-512, two of AVX, four of SSE); elsewhere, and on the device, an array. Every form gives
-// the same bits: conversions those of Convert<T>, fma one rounding per element, sums one fixed order.
+// 16-bit storage, and accumulate; Lanes<N> is that block. For N = 16 it is one AVX-512 register or two
+// of AVX2; on lesser processors, for other N and on the device it is an array. Every form gives the
+// same bits: conversions those of Convert<T>, fma one rounding per element, sums one fixed order.
 #pragma once
 
 #include "../policy/rounding.hpp"

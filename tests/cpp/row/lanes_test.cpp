@@ -1,5 +1,5 @@
 // Built once more for each instruction set: Lanes<16> is another type in each.
-#include <coldrow/numeric/lanes.hpp>
+#include <coldrow/row/lanes.hpp>
 
 #include "../support.hpp"
 
