@@ -63,12 +63,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	@$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: build
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format -q .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 
 # FBGEMM lives in an environment of its own: its wheel wants one torch release.
 BENCH := $(CURDIR)/build/bench-venv
@@ -76,7 +76,8 @@ $(BENCH)/.installed: constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt torch numpy scikit-build-core nanobind ninja
 	$(BENCH)/bin/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
-	PATH="$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	PATH="$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m pip install -q --no-build-isolation --no-deps \
+	    -C build-dir=build/bench-wheel .
 	@touch $@
 
 bench: $(BENCH)/.installed
