@@ -30,9 +30,10 @@ class TableBatch {
     const Array o = take_array(out, "out", Access::write);
     require_elements(o, call);
     const DType out_type = o.numeric();
-    std::vector<unsigned char> memory(kernels->lookup_bytes(call.batch, read) + 64);
+    Scratch scratch;
+    void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
     nb::gil_scoped_release release;
-    kernels->lookup(call.batch, read, o.data, out_type, align(memory.data()));
+    kernels->lookup(call.batch, read, o.data, out_type, workspace);
   }
 
   void weight_gradients(nb::sequence weights, nb::sequence prev_iters, nb::sequence updates,
@@ -49,10 +50,11 @@ class TableBatch {
     o.require_shape({call.batch.positions}, "one per index");
     o.require_contiguous();
     o.require_dtype("float32");
-    std::vector<unsigned char> memory(kernels->lookup_bytes(call.batch, read) + 64);
+    Scratch scratch;
+    void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
     nb::gil_scoped_release release;
     kernels->weight_gradients(call.batch, read, g.data, grad_type, static_cast<float*>(o.data),
-                              align(memory.data()));
+                              workspace);
   }
 
   std::int64_t update(nb::sequence weights, nb::sequence scalars, nb::sequence prev_iters,
@@ -78,10 +80,6 @@ class TableBatch {
   }
 
  private:
-  static unsigned char* align(unsigned char* p) {
-    return reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(p) + 63) / 64 * 64);
-  }
-
   static void require_elements(const Array& a, const Call& call) {
     std::int64_t want = 0;
     for (const FeatureArgs& f : call.features) {

@@ -8,6 +8,11 @@ COLDROW_BEGIN
 
 namespace host {
 
+// How many positions ahead of its use a row, or the state of one, is fetched.
+inline constexpr std::int64_t kLookupDistance = 40;
+inline constexpr std::int64_t kStateDistance = 64;
+inline constexpr std::int64_t kOutDistance = 8;  // in bags
+
 // Some bags of one feature.
 template <Numeric Weight, class Index>
 struct Bags {
@@ -26,15 +31,23 @@ struct Bags {
 };
 
 // Pools 16 * Blocks columns of one bag, from `column` on, in registers. count: columns of the last
-// block that exist.
-template <int Blocks, Numeric Weight, class Index, Numeric Out>
+// block that exist. Ahead: fetch the whole row of a later position for each row read.
+template <int Blocks, bool Ahead, Numeric Weight, class Index, Numeric Out>
 COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi,
                                  int column, int count, float bag_scale, Out* out) {
+  const Index* const indices = bags.indices;
+  const std::int64_t last = bags.positions_end - 1;
+  const auto row_of = [&](std::int64_t p) {
+    return bags.weight + static_cast<std::int64_t>(indices[p]) * bags.dim;
+  };
   Lanes<16> acc[Blocks];
   for (auto& a : acc) broadcast(a, 0.0f);
   for (std::int64_t p = lo; p < hi; ++p) {
-    const Weight* row =
-        bags.weight + static_cast<std::int64_t>(bags.indices[p]) * bags.dim + column;
+    if constexpr (Ahead) {
+      prefetch(row_of(min_of(p + kLookupDistance, last)),
+               sizeof(Weight) * static_cast<std::size_t>(bags.dim));
+    }
+    const Weight* const row = row_of(p) + column;
     Lanes<16> scale;
     broadcast(scale, bags.scale != nullptr ? bags.scale[p] : 1.0f);
     for (int b = 0; b < Blocks; ++b) {
@@ -61,24 +74,34 @@ COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t l
   }
 }
 
-// Writes one output row per bag, from `out` on, out_stride elements apart.
+// Writes one output row per bag, from `out` on, out_stride elements apart. The rows of a bag are
+// gone through once for each 128 columns; common widths are done in one go.
 template <Numeric Weight, class Index, Numeric Out>
 void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_stride) {
-  const std::size_t row_bytes = sizeof(Weight) * static_cast<std::size_t>(bags.dim);
-  const auto fetch = [&](std::int64_t p) {
-    prefetch(bags.weight + static_cast<std::int64_t>(bags.indices[p]) * bags.dim, row_bytes);
-  };
-  std::int64_t fetched = bags.first(bags.begin);
+  std::int64_t lo = bags.first(bags.begin);
   for (std::int64_t b = bags.begin; b < bags.end; ++b, out += out_stride) {
-    const std::int64_t lo = bags.first(b);
+    if (b + kOutDistance < bags.end) {
+      prefetch_to_write(out + kOutDistance * out_stride,
+                        sizeof(Out) * static_cast<std::size_t>(bags.dim));
+    }
     const std::int64_t hi = bags.first(b + 1);
-    const std::int64_t ahead = min_of(bags.positions_end, hi + kPrefetchDistance);
-    for (; fetched < ahead; ++fetched) fetch(fetched);
     const float bag_scale = bags.mean && hi > lo ? 1.0f / static_cast<float>(hi - lo) : 1.0f;
     int c = 0;
-    for (; c + 64 <= bags.dim; c += 64) pool_columns<4>(bags, lo, hi, c, 16, bag_scale, out);
-    for (; c + 16 <= bags.dim; c += 16) pool_columns<1>(bags, lo, hi, c, 16, bag_scale, out);
-    if (c < bags.dim) pool_columns<1>(bags, lo, hi, c, bags.dim - c, bag_scale, out);
+    const auto pool = [&](auto blocks, int count) {
+      constexpr int kBlocks = decltype(blocks)::value;
+      if (c == 0) {
+        pool_columns<kBlocks, true>(bags, lo, hi, c, count, bag_scale, out);
+      } else {
+        pool_columns<kBlocks, false>(bags, lo, hi, c, count, bag_scale, out);
+      }
+      c += 16 * kBlocks;
+    };
+    while (c + 128 <= bags.dim) pool(std::integral_constant<int, 8>{}, 16);
+    if (c + 64 <= bags.dim) pool(std::integral_constant<int, 4>{}, 16);
+    if (c + 32 <= bags.dim) pool(std::integral_constant<int, 2>{}, 16);
+    if (c + 16 <= bags.dim) pool(std::integral_constant<int, 1>{}, 16);
+    if (c < bags.dim) pool(std::integral_constant<int, 1>{}, bags.dim - c);
+    lo = hi;
   }
 }
 
@@ -89,7 +112,7 @@ void read_scales(const Decay& decay, std::int64_t step, float lr,
                  const Strided<const std::int32_t>& prev_iter, const Index* indices,
                  std::int64_t lo, std::int64_t hi, const float* per_sample_weights, float* scale) {
   for (std::int64_t p = lo; p < hi; ++p) {
-    if (p + kPrefetchDistance < hi) prefetch(&prev_iter[indices[p + kPrefetchDistance]], 1);
+    if (p + kStateDistance < hi) prefetch(&prev_iter[indices[p + kStateDistance]], 1);
     const float factor = read_factor(decay, step, prev_iter[indices[p]], lr);
     scale[p] = per_sample_weights != nullptr ? factor * per_sample_weights[p] : factor;
   }
