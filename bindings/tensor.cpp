@@ -292,7 +292,8 @@ void require_disjoint(const Array& a, const Array& b) {
     return p;
   };
   if (high(a) <= low(b) || high(b) <= low(a)) return;
-  if (a.ndim == 1 && b.ndim == 1 && a.strides[0] * a.item_size == b.strides[0] * b.item_size) {
+  if (a.ndim == 1 && b.ndim == 1 && a.strides[0] != 0 &&
+      a.strides[0] * a.item_size == b.strides[0] * b.item_size) {
     const std::int64_t stride = std::abs(a.strides[0] * a.item_size);
     const std::int64_t apart =
         ((low(b) - low(a)) % stride + stride) % stride;  // of b's elements after a's

@@ -38,11 +38,11 @@ def table_key(table: int | str) -> int:
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return ``value`` as an int in [low, high], or raise naming the argument."""
     error = f"{name}: got {value!r}, accepted: an integer from {low} to {high}"
-    if isinstance(value, bool):
-        raise TypeError(error)
     try:
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
             value = value.item()
+        if isinstance(value, bool):
+            raise TypeError(error)
         whole = value.__index__()
     except (AttributeError, TypeError):
         raise TypeError(error) from None
@@ -164,7 +164,7 @@ def apply_(
         prev_iter,
         integer("step", step, 1, LAST_STEP),
         number("lr", update.optimizer.lr if lr is None else lr),
-        integer("epoch_start", epoch_start or 0, 0, LAST_STEP),
+        integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
         one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
         table_key(table),
         integer("row_offset", row_offset, 0, 2**62),
@@ -284,7 +284,7 @@ def read_(
         _checked("prev_iter", state["prev_iter"], written=False),
         integer("step", step, 1, LAST_STEP + 1),
         number("lr", update.optimizer.lr if lr is None else lr),
-        integer("epoch_start", epoch_start or 0, 0, LAST_STEP),
+        integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
     )
     _bump_versions(out)
 

@@ -63,8 +63,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.on_nonfinite = one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         self.nonfinite_rows = 0
         self._lr_of_update = False
-        self._clock = torch.zeros((), dtype=torch.int64)
-        self._epoch_start = torch.zeros((), dtype=torch.int64)
+        self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._epoch_start = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _update_of(self, group: dict[str, Any]) -> RowUpdate:
         """Return the update of a group, checked."""
@@ -128,7 +128,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             update, lr = self._update_of(group), number("lr", group["lr"])
             for p in group["params"]:
                 key += 1
-                if p.grad is None:
+                if p.grad is None or (p.grad.is_sparse and p.grad._nnz() == 0):
                     continue
                 if p.grad.layout != torch.sparse_coo or p.grad.sparse_dim() != 1:
                     raise TypeError(

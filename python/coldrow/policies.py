@@ -52,6 +52,8 @@ def number(
         f" and <= {high:g}" if high < _LARGEST_FLOAT32 else " and finite"
     )
     error = f"{name}: got {value!r}, accepted: {bounds}"
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
+        value = value.item()
     if isinstance(value, (bool, str, bytes)):
         raise TypeError(error)
     try:
@@ -172,7 +174,8 @@ class CumulativeLinear(Decay):
 
     def _native(self) -> dict[str, Any]:
         if self.half_life is not None:
-            return {"decay": "cumulative_linear", "alpha": 2 * math.log(2) / self.half_life**2}
+            square = max(self.half_life**2, 1e-300)  # whatever is shorter forgets all at once
+            return {"decay": "cumulative_linear", "alpha": 2 * math.log(2) / square}
         return {"decay": "cumulative_linear", "alpha": self.alpha}
 
     def __repr__(self) -> str:
@@ -321,6 +324,11 @@ class RowUpdate:
                 raise TypeError(
                     f"{name}: got {given!r}, accepted: an instance of coldrow.{kind.__name__}"
                 )
+        if type(self.decay)._native is Decay._native:
+            raise TypeError(
+                f"decay: got {self.decay!r}, accepted: one of coldrow's decays (a subclass in Python "
+                "has no kernel)"
+            )
         if not isinstance(self.decay_state, bool):
             raise TypeError(f"decay_state: got {self.decay_state!r}, accepted: True or False")
 

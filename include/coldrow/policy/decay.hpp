@@ -63,6 +63,7 @@ struct LinearClipped {
   float min_shrinkage = 0.1f;
 
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
+    if (gap <= 0) return 1.0f;
     const float rate = lr * alpha;
     const float charge = static_cast<float>(static_cast<double>(rate) * static_cast<double>(gap));
     return max_of(1.0f - max_of(min_of(charge, 1.0f), 0.0f), min_shrinkage);

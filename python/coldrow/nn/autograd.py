@@ -33,6 +33,15 @@ class Batch:
     lrs: tuple[float, ...]
 
 
+def check_same_tables(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
+    """Refuse a backward to tables that are no longer those of the forward."""
+    if versions[0] != module._generation:
+        raise RuntimeError(
+            "the tables were loaded, evicted from, converted or moved between forward and "
+            "backward, so this gradient no longer belongs to them"
+        )
+
+
 def check_unwritten(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
     """Refuse a gradient of per_sample_weights that would be computed from other rows than were read."""
     if versions != module._versions():
@@ -72,13 +81,9 @@ class FusedLookup(torch.autograd.Function):
                 "this forward has had its backward; a fused module takes one backward per forward, "
                 "which updates the tables. Build it with fused=False to accumulate gradients."
             )
-        if ctx.versions[0] != module._generation:
-            raise RuntimeError(
-                "the tables were loaded, evicted from, converted or moved between forward and "
-                "backward, so this gradient no longer belongs to them"
-            )
+        check_same_tables(ctx.versions, module)
         indices, offsets, weights = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.resolve_neg().contiguous()
         weights_grad = None
         if ctx.needs_input_grad[6]:
             check_unwritten(ctx.versions, module)
@@ -112,8 +117,9 @@ class SparseLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of per_sample_weights and of the tables."""
         module, batch = ctx.module, ctx.batch
+        check_same_tables(ctx.versions, module)
         indices, offsets, weights = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.resolve_neg().contiguous()
         weights_grad = None
         if ctx.needs_input_grad[4]:
             check_unwritten(ctx.versions, module)
@@ -171,7 +177,7 @@ def sparse_gradients(
         out.append(
             torch.sparse_coo_tensor(
                 torch.cat(row).unsqueeze(0),
-                torch.cat(value_list).to(weight.dtype),
+                torch.cat(value_list).to(getattr(weight, "grad_dtype", None) or weight.dtype),
                 weight.shape,
                 check_invariants=False,
             )

@@ -7,6 +7,7 @@ forward, so an evaluation pass ages nothing. Clock and learning rates are 0-dim 
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from coldrow import _core
 from coldrow.functional import LAST_STEP, ON_NONFINITE, integer, one_of, table_key
 from coldrow.nn import checkpoint
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
-from coldrow.nn.table import DTYPES, State, Table, Weights
+from coldrow.nn.table import DTYPES, State, Table, Weights, moved
 from coldrow.policies import RowUpdate, compiled, number
 
 
@@ -72,10 +73,6 @@ class TableBatchedEmbeddingBags(nn.Module):
         validate: str = "deferred",
         state_layout: str = "record",
     ) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "tables built under torch.inference_mode() could never be trained; build them outside"
-            )
         super().__init__()
         update = RowUpdate() if update is None else update
         if not isinstance(update, RowUpdate):
@@ -147,8 +144,14 @@ class TableBatchedEmbeddingBags(nn.Module):
         names = [t.name for t in self.tables]
         self._native = _core.TableBatch(names, [table_key(n) for n in names], self._feature_tables)
         self._compiled = [compiled(u) for u in self._updates]
-        self._anchor = torch.empty(0, requires_grad=True)  # makes autograd call the fused backward
+        self._anchor = torch.empty(
+            0, requires_grad=True, device="cpu"
+        )  # makes autograd call the fused backward
         self._parameters_list = [self.weights[n] for n in names]
+        if any(p.is_inference() for p in self._parameters_list):
+            raise RuntimeError(
+                "tables made under torch.inference_mode() could never be trained; make them outside"
+            )
         for g, group in enumerate(self._param_groups):
             group["params"] = [
                 p for p, of in zip(self._parameters_list, self._group_of, strict=True) if of == g
@@ -160,8 +163,24 @@ class TableBatchedEmbeddingBags(nn.Module):
             [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
         ]
         self._generation += 1
+        self._device = self._parameters_list[0].device
         for p in self._parameters_list:
+            if not self.fused and getattr(p, "grad_dtype", torch.float32) != torch.float32:
+                p.grad_dtype = torch.float32  # 16-bit tables accumulate gradients in float32
             p._coldrow_read_charged = self.charge == "read"  # type: ignore[attr-defined]
+
+    def _sync(self) -> None:
+        """Notice tables that somebody put in the place of others."""
+        current = list(self.weights._parameters.values())
+        old = self._parameters_list
+        if len(current) == len(old) and all(map(operator.is_, current, old)):
+            return
+        if len(current) != len(old) or not all(isinstance(p, nn.Parameter) for p in current):
+            raise TypeError(
+                "weights: got tables that are not Parameters of their own (functional_call or a "
+                "parametrization?), accepted: one nn.Parameter per table"
+            )
+        self._prepare()
 
     @classmethod
     def from_torch(
@@ -316,6 +335,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             TypeError, ValueError: other bad input.
             RuntimeError: a second training forward before the backward of the first (``fused=True``).
         """
+        self._sync()
         for name, value in (("indices", indices), ("offsets", offsets)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, accepted: a torch tensor")
@@ -326,12 +346,13 @@ class TableBatchedEmbeddingBags(nn.Module):
                 )
         if offsets.numel() == 0:
             raise ValueError("offsets: got no elements, accepted: number of bags + 1")
-        indices, offsets = indices.contiguous(), offsets.contiguous()
+        indices = indices.resolve_neg().contiguous()
+        offsets = offsets.resolve_neg().contiguous()
         weights = per_sample_weights
         if weights is not None:
             if not isinstance(weights, Tensor) or not weights.is_floating_point():
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
-            weights = weights.float().contiguous()
+            weights = weights.float().resolve_neg().contiguous()
         sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
         batch = Batch(sizes, self.clock + 1, self.epoch_start, self._lrs())
 
@@ -387,7 +408,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         ends = [0]
         for size in sizes or [bags] * len(dims):
             ends.append(ends[-1] + size)
-        at = offsets[torch.tensor(ends)].tolist()
+        at = offsets[torch.tensor(ends, device=offsets.device)].tolist()
         counts = [b - a for a, b in itertools.pairwise(at)]
         parts = out.split([n * d for n, d in zip(counts, dims, strict=True)])
         return [part.view(-1, d) for part, d in zip(parts, dims, strict=True)]
@@ -407,7 +428,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             shape = (sum(b * d for b, d in zip(batch.batch_sizes, dims, strict=True)),)
         else:
             shape = (max(offsets.numel() - 1, 0) // features, sum(dims))
-        out = torch.empty(shape, dtype=self.output_dtype)
+        out = torch.empty(shape, dtype=self.output_dtype, device=self._device)
         self._native.lookup(
             self._parameters_list,
             self._prev_iters,
@@ -442,7 +463,7 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _weight_gradients(
         self, batch: Batch, indices: Tensor, offsets: Tensor, grad: Tensor
     ) -> Tensor:
-        out = torch.empty(indices.numel(), dtype=torch.float32)
+        out = torch.empty(indices.numel(), dtype=torch.float32, device=self._device)
         self._native.weight_gradients(
             self._parameters_list,
             self._prev_iters,
@@ -464,7 +485,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None, grad: Tensor
     ) -> None:
         if self.grad_scale != 1.0:
-            grad = grad / number("grad_scale", self.grad_scale, low_open=True)
+            grad = grad.float() / number("grad_scale", self.grad_scale, low_open=True)
         step = self._next_step()
         self.nonfinite_rows += self._native.update(
             self._parameters_list,
@@ -508,10 +529,11 @@ class TableBatchedEmbeddingBags(nn.Module):
             raise RuntimeError(
                 "step(): these tables are updated by backward; build with fused=False"
             )
+        self._sync()
         step, lrs, epoch_start = self._next_step(), self._lrs(), self.epoch_start
         calls = []
         for i, p in enumerate(self._parameters_list):
-            if p.grad is None:
+            if p.grad is None or (p.grad.is_sparse and p.grad._nnz() == 0):
                 continue
             if p.grad.layout != torch.sparse_coo:
                 raise TypeError(
@@ -563,13 +585,13 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _rows(self, table: int, rows: Tensor | Sequence[int] | None) -> Tensor:
         if rows is None:
-            return torch.arange(self.tables[table].num_rows)
+            return torch.arange(self.tables[table].num_rows, device=self._device)
         try:
-            rows = torch.as_tensor(rows)
+            rows = torch.as_tensor(rows, device=self._device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"rows: got {rows!r}, accepted: int32 or int64 [n]") from None
         if rows.numel() == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device=self._device)
         if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
             raise TypeError(
                 f"rows: got {rows.dtype} of shape {list(rows.shape)}, accepted: int32 or int64 [n]"
@@ -592,9 +614,12 @@ class TableBatchedEmbeddingBags(nn.Module):
         Returns:
             ``[n, D]`` of ``output_dtype``; with ``charge="read"`` the decay owed is charged.
         """
+        self._sync()
         t = self._index_of(name)
         rows = self._rows(t, rows)
-        out = torch.empty(rows.numel(), self.tables[t].dim, dtype=self.output_dtype)
+        out = torch.empty(
+            rows.numel(), self.tables[t].dim, dtype=self.output_dtype, device=self._device
+        )
         if self.charge == "touch":
             return out.copy_(self._parameters_list[t].detach().index_select(0, rows))
         _core.read(
@@ -624,6 +649,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         Raises:
             RuntimeError: if the table has a gradient waiting for :meth:`step`.
         """
+        self._sync()
         t = self._index_of(name)
         rows = self._rows(t, rows).long()
         if self._parameters_list[t].grad is not None:
@@ -631,7 +657,7 @@ class TableBatchedEmbeddingBags(nn.Module):
                 f"evict: table {name!r} has a gradient that waits for step(), which would train the new "
                 "rows with what belongs to the old; call step() or zero_grad() first"
             )
-        fresh = torch.empty(rows.numel(), self.tables[t].dim, dtype=self._parameters_list[t].dtype)
+        fresh = torch.empty_like(self._parameters_list[t][: rows.numel()].detach())
         self.tables[t].fill(fresh)
         self._parameters_list[t].detach()[rows] = fresh
         for view in self._state_views[name].values():
@@ -648,7 +674,7 @@ class TableBatchedEmbeddingBags(nn.Module):
     # -------------------------------------------------------------------------------- conversions
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        probe = fn(torch.empty(0, dtype=torch.float32))
+        probe = fn(torch.empty(0, dtype=torch.float32, device=self._device))
         if probe.device.type != "cpu":
             raise ValueError(
                 f"device: got {str(probe.device)!r}, accepted: 'cpu' (this build has no CUDA support)"
@@ -660,6 +686,11 @@ class TableBatchedEmbeddingBags(nn.Module):
         super()._apply(fn, recurse)
         for state in self._state:
             state.move(fn)
+        self._clock, self._epoch_start = moved(self._clock, fn), moved(self._epoch_start, fn)
+        self._group_lrs()
+        self._lr = [moved(lr, fn) for lr in self._lr]
+        for tensor, group in zip(self._lr, self._param_groups, strict=True):
+            group["lr"] = tensor
         for table in self.tables:
             table.dtype = self.weights[table.name].dtype
         self._prepare()
@@ -751,6 +782,12 @@ class _Handle(torch.optim.Optimizer):
         self._module = weakref.ref(module)
         super().__init__([{"params": g["params"]} for g in module.param_groups], {})
         self.param_groups = module.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse groups beside the module's own."""
+        if len(self.param_groups) == len(getattr(self._module(), "param_groups", [])):
+            raise ValueError("param_groups: accepted: the module's own, one per distinct update")
+        super().add_param_group(param_group)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Run the module's step where its backward did not update the tables already."""

@@ -125,8 +125,10 @@ class State:
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a module conversion that moves memory; refuse to be converted by one that casts."""
-        moved = [fn(m) for m in self.memory]
-        self.memory = [
-            new if new.dtype == torch.int32 else old.to(new.device)
-            for old, new in zip(self.memory, moved, strict=True)
-        ]
+        self.memory = [moved(m, fn) for m in self.memory]
+
+
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what a module conversion makes of a tensor that must keep its dtype."""
+    new = fn(tensor)
+    return new if new.dtype == tensor.dtype else tensor.to(new.device)
