@@ -1,4 +1,4 @@
-# Two commands for a new user: make demo, make test. Both set up .venv first; a second run is quick.
+# Two commands for a new user: make demo, make test. Both set up .venv first; a second run builds nothing.
 PYTHON ?= python3
 CMAKE ?= cmake
 VENV := $(CURDIR)/.venv
@@ -11,7 +11,7 @@ SOURCES := $(shell find include bindings python/coldrow -type f -not -name '*.py
 .PHONY: help build demo test test-python test-cpp lint format bench clean
 
 help:
-	@echo "make demo    train a click model on real ratings with and without forgetting (~3 minutes)"
+	@echo "make demo    train a click model on real ratings with and without forgetting (1 to 2 minutes)"
 	@echo "make test    build, then the Python and the C++ tests"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"

@@ -302,7 +302,8 @@ inline void check_batch(Call& call) {
       bad_value("offsets: falls to " + got + at + ", accepted: offsets that never decrease");
     case Problem::offsets_end:
       bad_value("offsets: ends with " + got + ", accepted: the number of indices, " +
-                std::to_string(call.batch.positions));
+                std::to_string(call.batch.positions) +
+                " (the last offset is the end of the last bag)");
     case Problem::index_range: {
       const TableArgs& table = call.tables[call.features[p.feature].table];
       bad_index("indices: got " + got + at + table_label(table) + ", accepted: 0 to " +

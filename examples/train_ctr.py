@@ -440,7 +440,7 @@ def print_tables(console: Console, results: list[Result], source_name: str) -> N
     """Print the mean by epoch, then first against last epoch with the spread."""
     seeds, epochs = results[0].auc.shape
     table = TextTable(title=f"{source_name}: test AUC / log-loss by epoch, mean of {count(seeds)}")
-    table.add_column("rows, charge")
+    table.add_column("rows, charge", overflow="fold")
     for epoch in range(epochs):
         table.add_column(f"epoch {epoch + 1}", justify="right")
     for r in results:
@@ -454,8 +454,8 @@ def print_tables(console: Console, results: list[Result], source_name: str) -> N
             f" Picked: by the AUC on validation after epoch {epochs}, with a seed of its own."
         )
     table = TextTable(title=f"{source_name}: test, {statistic(seeds)}", caption=caption)
-    table.add_column("rows, charge")
-    table.add_column("hyper-parameter")
+    table.add_column("rows, charge", overflow="fold")
+    table.add_column("hyper-parameter", overflow="fold")
     for title in ("AUC, epoch 1", f"AUC, epoch {epochs}", "change", f"loss, epoch {epochs}"):
         table.add_column(title, justify="right")
     for r in results:

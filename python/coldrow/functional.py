@@ -89,7 +89,7 @@ def _checked(name: str, array: Any, *, written: bool) -> Any:
     return array.detach() if array.requires_grad else array
 
 
-def _bump_versions(*arrays: Any) -> None:
+def bump_versions(*arrays: Any) -> None:
     """Tell autograd that these tensors changed."""
     for array in arrays:
         torch = _torch_tensor(array)
@@ -172,7 +172,7 @@ def apply_(
         True,
         False,
     )
-    _bump_versions(weight, *state.values())
+    bump_versions(weight, *state.values())
 
 
 def rowwise_rmsprop_ar_(
@@ -286,7 +286,7 @@ def read_(
         number("lr", update.optimizer.lr if lr is None else lr),
         integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
     )
-    _bump_versions(out)
+    bump_versions(out)
 
 
 def init_state(update: RowUpdate, num_rows: int, dim: int, like: Any) -> dict[str, Any]:

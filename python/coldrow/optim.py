@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from coldrow import _core
-from coldrow.functional import LAST_STEP, ON_NONFINITE, init_state, integer, one_of
+from coldrow.functional import (
+    LAST_STEP,
+    ON_NONFINITE,
+    bump_versions,
+    init_state,
+    integer,
+    one_of,
+)
 from coldrow.policies import (
     LinearClipped,
     Nearest,
@@ -88,6 +95,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise TypeError(
                     f"params: got dtype {p.dtype}, accepted: float32, float16, bfloat16"
+                )
+            if getattr(p, "_coldrow_fused", False):
+                raise ValueError(
+                    "params: got a table of a fused module, whose backward updates it, accepted: "
+                    "parameters that get gradients (build the module with fused=False)"
                 )
             if getattr(p, "_coldrow_read_charged", False):
                 raise ValueError(
@@ -166,7 +178,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.nonfinite_rows += run(
             "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
         )
-        torch.autograd.graph.increment_version([p for _, p, _, _ in calls])
+        bump_versions(*(p for _, p, _, _ in calls))
         self._clock += 1
         return loss
 

@@ -364,22 +364,16 @@ class RowUpdate:
         return update
 
 
-_BY_NAME: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        RowUpdate,
-        RowwiseRMSprop,
-        NoDecay,
-        LinearClipped,
-        CumulativeLinear,
-        Exponential,
-        Constant,
-        EpochGated,
-        EpochReset,
-        Nearest,
-        Stochastic,
-    )
+_BY_NAME: dict[str, Any] = {"RowUpdate": RowUpdate} | {
+    name: kind
+    for name, kind in globals().items()
+    if isinstance(kind, type) and issubclass(kind, _Policy) and dataclasses.is_dataclass(kind)
 }
+
+
+def is_epoch_aware(update: RowUpdate) -> bool:
+    """Return whether the update's decay depends on where an epoch began."""
+    return isinstance(update.decay, (EpochGated, EpochReset))
 
 
 def _exactly_one(policy: _Policy, rate: str, half_life: str) -> None:

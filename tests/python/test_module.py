@@ -6,12 +6,14 @@ import copy
 import io
 import itertools
 import pickle
+import warnings
 import weakref
 
 import numpy as np
 import pytest
 
 import coldrow
+import coldrow.optim
 
 torch = pytest.importorskip("torch")
 
@@ -1156,3 +1158,127 @@ def test_compiled_model_breaks_its_graph_around_the_tables():
     model = torch.compile(lambda *batch: emb(*batch).sum() * 2, backend="eager")
     model(*make_batch()).backward()
     assert emb.clock == 1
+
+
+# ------------------------------------------------------------------- what an audit of the module found
+
+
+def small(dtype=torch.float32, **options):
+    init = nn.init.ones_
+    return TableBatchedEmbeddingBags(
+        [Table("a", 6, 4, dtype=dtype, init=init)],
+        coldrow.RowUpdate(coldrow.RowwiseRMSprop(lr=0.1, ema_beta=0.0)),
+        **options,
+    )
+
+
+ONE, BAGS = torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_16_bit_tables_accumulate_in_float32(dtype):
+    emb = small(dtype, fused=False)
+    for _ in range(600):  # bfloat16 would stop counting at 256
+        emb(torch.tensor([1]), torch.tensor([0, 1])).sum().backward()
+    emb.step()
+    assert emb.state["a"]["momentum1"][1] == 600.0**2
+
+
+def test_grad_scale_divides_in_float32():
+    emb = small(output_dtype=torch.float16)
+    emb.grad_scale = 65536.0
+    (emb(ONE, BAGS).float().sum() * (1e-8 * 65536.0)).backward()
+    assert emb.state["a"]["momentum1"][1].item() == pytest.approx(1e-16, rel=1e-2)
+
+
+def test_tables_put_in_place_of_others_are_noticed():
+    emb = small()
+    state = {k: v.clone() for k, v in emb.weights.state_dict().items()}
+    emb.weights.load_state_dict(state, assign=True)
+    emb(ONE, BAGS).sum().backward()
+    assert not torch.equal(emb.weights["a"], torch.ones(6, 4))
+
+
+def test_functional_call_is_refused():
+    with pytest.raises(TypeError, match="weights: got tables that are not Parameters"):
+        torch.func.functional_call(small(), {"weights.a": torch.zeros(6, 4)}, (ONE, BAGS))
+
+
+def test_lazily_negated_inputs_mean_what_they_say():
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    emb = small().eval()
+    negated = emb(ONE, BAGS, per_sample_weights=torch._neg_view(weights))
+    assert torch.equal(negated, -emb(ONE, BAGS, per_sample_weights=weights))
+    emb = small()
+    emb(ONE, BAGS).backward(torch._neg_view(torch.ones(2, 4)))
+    assert (emb.weights["a"][1] > 1).all()  # the gradient was -1
+
+
+def test_the_default_device_stays_outside():
+    emb = small()
+    with torch.device("meta"):
+        assert emb.read("a").device.type == "cpu"
+        emb(ONE, BAGS).sum().backward()
+        emb.evict("a", torch.tensor([0], device="cpu"))
+    assert emb.clock == 1
+
+
+def test_share_memory_shares_the_clock_too():
+    emb = small()
+    emb.share_memory()
+    tensors = [
+        emb._clock,
+        emb._epoch_start,
+        *emb._lr,
+        *emb.weights.values(),
+        *emb.state["a"].values(),
+    ]
+    assert all(t.is_shared() for t in tensors)
+    emb.lr = 0.5
+    assert emb.param_groups[0]["lr"] is emb._lr[0]
+
+
+def test_unfused_evict_between_forward_and_backward():
+    emb = small(fused=False)
+    out = emb(ONE, BAGS)
+    emb.evict("a", [1, 2, 3])
+    with pytest.raises(RuntimeError, match="evicted from"):
+        out.sum().backward()
+
+
+def test_discard_forward():
+    emb = small()
+    kept = emb(ONE, BAGS).sum()
+    with pytest.raises(RuntimeError, match=r"call discard_forward\(\)"):
+        emb(ONE, BAGS)
+    emb.discard_forward()
+    emb(ONE, BAGS).sum().backward()
+    with pytest.raises(RuntimeError, match="has had its backward"):
+        kept.backward()
+    assert emb.clock == 1
+
+
+def test_an_epoch_that_nobody_declared_is_mentioned_once():
+    emb = TableBatchedEmbeddingBags(
+        [Table("a", 6, 4)], coldrow.RowUpdate(decay=coldrow.EpochGated.for_epoch(10))
+    )
+    with pytest.warns(UserWarning, match=r"new_epoch\(\) was never called"):
+        emb(ONE, BAGS).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        emb(ONE, BAGS).sum().backward()
+
+
+def test_a_scheduler_of_a_fused_module_does_not_warn():
+    emb = small()
+    scheduler = torch.optim.lr_scheduler.StepLR(emb.optimizer, 1, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        emb(ONE, BAGS).sum().backward()
+        scheduler.step()
+    assert emb.lr == 0.05
+
+
+def test_fused_tables_in_a_sparse_optimizer():
+    with pytest.raises(ValueError, match="fused module"):
+        coldrow.optim.SparseOptimizer(small().parameters(), coldrow.RowUpdate())

@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 import coldrow
+from coldrow import _core, policies
 from coldrow.policies import compiled
 
 UPDATES = [
@@ -78,3 +79,32 @@ def test_refused_by_name(make, error, message):
 def test_frozen():
     with pytest.raises(AttributeError):
         coldrow.LinearClipped(1.0).alpha = 2.0
+
+
+def test_every_decay_is_listed_exported_and_does_something():
+    """A decay forgotten somewhere on its way to the kernels would come out as a factor of 1."""
+    kinds = {
+        kind
+        for kind in vars(policies).values()
+        if isinstance(kind, type) and issubclass(kind, coldrow.Decay) and kind is not coldrow.Decay
+    }
+    listed = {type(u.decay): u for u in UPDATES}
+    assert kinds == set(listed)
+    for kind, update in listed.items():
+        assert getattr(coldrow, kind.__name__) is kind
+        factor = _core.factor(compiled(update), 100, 1000, 0.5, 500, False)
+        assert (factor == 1.0) == (kind is coldrow.NoDecay), kind
+
+
+def test_a_decay_without_a_kernel_is_refused():
+    class Mine(coldrow.Decay):
+        pass
+
+    with pytest.raises(TypeError, match=r"decay: got .*Mine.* has no kernel"):
+        coldrow.RowUpdate(decay=Mine())
+
+
+def test_the_shortest_half_life_forgets_at_once():
+    update = compiled(coldrow.RowUpdate(decay=coldrow.CumulativeLinear(half_life=1e-170)))
+    assert _core.factor(update, 1, 2, 0.1, 0, False) == 1.0  # the step after the touch
+    assert _core.factor(update, 1, 3, 0.1, 0, False) == 0.0

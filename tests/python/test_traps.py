@@ -652,3 +652,19 @@ def test_forked_child_trains(imports):
         print(json.dumps([threads, got == want, status, train() == want]))
     """
     assert run_script(script) == [1, True, 0, True]
+
+
+def test_one_row_of_state_shared_with_stride_0():
+    memory = torch.zeros(1)
+    momentum1 = memory.as_strided((1,), (0,))
+    prev_iter = memory.view(torch.int32).as_strided((1,), (0,))
+    with pytest.raises(ValueError, match="share memory"):
+        coldrow.rowwise_rmsprop_ar_(
+            torch.zeros(1, 4),
+            torch.ones(1, 4),
+            torch.tensor([0]),
+            momentum1,
+            prev_iter,
+            step=1,
+            lr=0.1,
+        )

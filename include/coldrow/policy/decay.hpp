@@ -74,7 +74,7 @@ struct LinearClipped {
 // Source: the decay of Li & Lyu, "Adaptive Regularization" (ICLR 2026), run densely (each untouched
 // step j multiplies by 1 - alpha*j), here evaluated when the row is touched.
 //
-// The product is 0 in float32 beyond about math::sqrt(175/alpha) steps, so all its values fit in a small
+// The product is 0 in float32 beyond about sqrt(175/alpha) steps, so all its values fit in a small
 // table. Whoever runs the policy owns the table: make table_size(alpha) floats, fill_table() them,
 // and keep them as long as the policy is used (on a device: a copy in device memory). Without a
 // table the policy is right but multiplies step by step. Below alpha = 1e-8 there is no table: the

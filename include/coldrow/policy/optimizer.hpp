@@ -35,7 +35,7 @@ struct RowMultiplier {
 };
 
 // Row-wise RMSprop: one second moment per row.
-//     v = beta*v + (1-beta)*mean(g^2);   w -= lr/(math::sqrt(v)+eps) * g
+//     v = beta*v + (1-beta)*mean(g^2);   w -= lr/(sqrt(v)+eps) * g
 // Source: FBGEMM's ROWWISE_RMSPROP_AR (its order of roundings, so that results agree).
 struct RowwiseRMSprop {
   float eps = 1e-8f;

@@ -137,11 +137,11 @@ struct RowUpdate {
       to_array(lanes, out);
     };
     std::uint32_t random16[N] = {};
-    const auto put = [&](const float (&x)[N], const auto& rounding, auto* target) {
+    const auto put = [&](const float (&x)[N], const auto& how, auto* target) {
       if (count == N) {
-        store(x, rounding, random16, target + c);
+        store(x, how, random16, target + c);
       } else {
-        store_partial(x, rounding, random16, target + c, count);
+        store_partial(x, how, random16, target + c, count);
       }
     };
     float w[N], g[N], vectors[RowType::kVectors][N] = {};

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from coldrow import _core
-from coldrow.functional import LAST_STEP, ON_NONFINITE, integer, one_of, table_key
+from coldrow.functional import (
+    LAST_STEP,
+    ON_NONFINITE,
+    bump_versions,
+    integer,
+    one_of,
+    table_key,
+)
 from coldrow.nn import checkpoint
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
 from coldrow.nn.table import DTYPES, State, Table, Weights, moved
-from coldrow.policies import RowUpdate, compiled, number
+from coldrow.policies import RowUpdate, compiled, is_epoch_aware, number
 
 
 class TableBatchedEmbeddingBags(nn.Module):
@@ -64,19 +72,21 @@ class TableBatchedEmbeddingBags(nn.Module):
         tables: Sequence[Table],
         update: RowUpdate | None = None,
         *,
-        pooling: str = "sum",
-        charge: str = "touch",
+        pooling: Literal["sum", "mean", "none"] = "sum",
+        charge: Literal["touch", "read"] = "touch",
         device: torch.device | str = "cpu",
         output_dtype: torch.dtype = torch.float32,
         fused: bool = True,
-        on_nonfinite: str = "skip",
-        validate: str = "deferred",
-        state_layout: str = "record",
+        on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        validate: Literal["deferred", "sync"] = "deferred",
+        state_layout: Literal["record", "split"] = "record",
     ) -> None:
         super().__init__()
         update = RowUpdate() if update is None else update
         if not isinstance(update, RowUpdate):
             raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
+        if not isinstance(tables, Iterable):
+            raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
         tables = list(tables)
         if not tables or not all(isinstance(t, Table) for t in tables):
             raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
@@ -108,6 +118,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.grad_scale = 1.0
         self.nonfinite_rows = 0
         self.strict_policies = True
+        self._epoch_checked = False
         self._load_strict: bool | None = None
 
         parameters = {}
@@ -167,6 +178,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         for p in self._parameters_list:
             if not self.fused and getattr(p, "grad_dtype", torch.float32) != torch.float32:
                 p.grad_dtype = torch.float32  # 16-bit tables accumulate gradients in float32
+            p._coldrow_fused = self.fused  # type: ignore[attr-defined]
             p._coldrow_read_charged = self.charge == "read"  # type: ignore[attr-defined]
 
     def _sync(self) -> None:
@@ -395,8 +407,17 @@ class TableBatchedEmbeddingBags(nn.Module):
             "a training forward of these tables is waiting for its backward, which will update them; "
             "a fused module takes one forward per step. Build it with fused=False for several "
             "forwards per step, run forwards that need no gradient in eval mode or under no_grad, or "
-            "drop the first one's result (del loss) if its backward will not come."
+            "call discard_forward() if the backward of the first will not come."
         )
+
+    def discard_forward(self) -> None:
+        """Give up a training forward whose backward will not come, so that another may begin.
+
+        (A result that nothing refers to any more is given up by itself.) Its backward then raises.
+        """
+        outstanding = self._outstanding() if self._outstanding is not None else None
+        if outstanding is not None:
+            outstanding.used = True
 
     def _shape(self, out: Tensor, offsets: Tensor, sizes: tuple[int, ...] | None) -> Any:
         if self.pooling != "none":
@@ -507,8 +528,17 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _tick(self) -> None:
         self._clock += 1
-        written = self._parameters_list + [m for s in self._state for m in s.memory]
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        if not self._epoch_checked:
+            self._epoch_checked = True
+            if self.epoch_start == 0 and any(is_epoch_aware(u) for u in self._updates):
+                warnings.warn(
+                    "an epoch-aware decay is in use and new_epoch() was never called: until it is, "
+                    "nothing decays",
+                    stacklevel=2,
+                )
+        bump_versions(*self._parameters_list, *(m for s in self._state for m in s.memory))
+        if self._optimizer is not None:
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at before they warn
 
     def _versions(self) -> tuple[int, ...]:
         """What changes whenever somebody writes to a table."""
