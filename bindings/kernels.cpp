@@ -97,8 +97,8 @@ std::size_t lookup_bytes(const BatchArgs& b, bool read) {
   return w.bytes();
 }
 
-// Calls f(bags, feature, first bag) for each feature, its bags cut into parts of about equal
-// numbers of indices.
+// Calls f(bags) for the bags of one feature that belong to `part`; read-charged ones a few at a time.
+// (Parts have equal numbers of bags.)
 template <class Weight, class Index, class F>
 void for_bags(const BatchArgs& b, bool read, float* read_scale, const FeatureArgs& feature,
               int part, const F& f) {
@@ -138,21 +138,23 @@ void for_bags(const BatchArgs& b, bool read, float* read_scale, const FeatureArg
   }
 }
 
-void lookup(const BatchArgs& b, bool read, void* out, DType out_type, void* workspace) {
+// Calls f(bags, value, element, stride) in parallel for some bags after another: `value` has the type that
+// value_type names, and the first bag's output row begins at `element` of the output, the
+// next one `stride` elements on.
+template <class F>
+void for_output_rows(const BatchArgs& b, bool read, DType value_type, void* workspace, const F& f) {
   float* read_scale = Workspace(workspace).take<float>(read ? b.positions : 0);
   host::parallel(b.threads, [&](int part) {
-    for (std::int32_t f = 0; f < b.num_features; ++f) {
-      const FeatureArgs& feature = b.features[f];
+    for (std::int32_t i = 0; i < b.num_features; ++i) {
+      const FeatureArgs& feature = b.features[i];
       with_index(b.index_type, [&](auto index) {
         with_numeric(b.tables[feature.table].dtype, [&](auto weight) {
-          with_numeric(out_type, [&](auto out_value) {
-            using Weight = decltype(weight);
-            using Index = decltype(index);
-            auto* to = static_cast<decltype(out_value)*>(out) + feature.out_offset;
-            for_bags<Weight, Index>(b, read, read_scale, feature, part, [&](const auto& bags) {
-              const std::int64_t row = bags.begin - feature.first_row;
-              host::lookup_bags(bags, to + row * feature.out_stride, feature.out_stride);
-            });
+          with_numeric(value_type, [&](auto value) {
+            for_bags<decltype(weight), decltype(index)>(
+                b, read, read_scale, feature, part, [&](const auto& bags) {
+                  const std::int64_t row = bags.begin - feature.first_row;
+                  f(bags, value, feature.out_offset + row * feature.out_stride, feature.out_stride);
+                });
           });
         });
       });
@@ -160,31 +162,22 @@ void lookup(const BatchArgs& b, bool read, void* out, DType out_type, void* work
   });
 }
 
+void lookup(const BatchArgs& b, bool read, void* out, DType out_type, void* workspace) {
+  for_output_rows(b, read, out_type, workspace,
+                  [&](const auto& bags, auto value, std::int64_t element, std::int64_t stride) {
+                    host::lookup_bags(bags, static_cast<decltype(value)*>(out) + element, stride);
+                  });
+}
+
 void weight_gradients(const BatchArgs& b, bool read, const void* grad, DType grad_type, float* out,
                       void* workspace) {
   BatchArgs unweighted = b;  // the scale is the read factor alone
   unweighted.per_sample_weights = nullptr;
-  float* read_scale = Workspace(workspace).take<float>(read ? b.positions : 0);
-  host::parallel(b.threads, [&](int part) {
-    for (std::int32_t f = 0; f < b.num_features; ++f) {
-      const FeatureArgs& feature = b.features[f];
-      with_index(b.index_type, [&](auto index) {
-        with_numeric(b.tables[feature.table].dtype, [&](auto weight) {
-          with_numeric(grad_type, [&](auto grad_value) {
-            using Weight = decltype(weight);
-            using Index = decltype(index);
-            const auto* from = static_cast<const decltype(grad_value)*>(grad) + feature.out_offset;
-            for_bags<Weight, Index>(unweighted, read, read_scale, feature, part,
-                                    [&](const auto& bags) {
-                                      const std::int64_t row = bags.begin - feature.first_row;
-                                      host::weight_gradients(bags, from + row * feature.out_stride,
-                                                             feature.out_stride, out);
-                                    });
-          });
-        });
-      });
-    }
-  });
+  for_output_rows(unweighted, read, grad_type, workspace,
+                  [&](const auto& bags, auto value, std::int64_t element, std::int64_t stride) {
+                    const auto* from = static_cast<const decltype(value)*>(grad) + element;
+                    host::weight_gradients(bags, from, stride, out);
+                  });
 }
 
 // --------------------------------------------------------------------------------------- update

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from coldrow import _core
@@ -173,6 +174,63 @@ def apply_(
         False,
     )
     bump_versions(weight, *state.values())
+
+
+@dataclass
+class SparseStep:
+    """One table's part in an optimizer step: the rows of its sparse gradient, and what they update."""
+
+    update: _core.Update
+    weight: Any
+    grad: Any  # [n, D]
+    indices: Any  # [n]
+    scalars: list[Any]
+    prev_iter: Any
+    lr: float
+    key: int
+
+    @staticmethod
+    def rows_of(grad: Any, name: str, accepted: str) -> tuple[Any, Any] | None:
+        """Return (values, indices) of a torch sparse gradient, None if it has none, or raise."""
+        if grad is None or (grad.is_sparse and grad._nnz() == 0):
+            return None
+        if not grad.is_sparse or grad.sparse_dim() != 1:
+            raise TypeError(f"{name}: got layout {grad.layout}, accepted: {accepted}")
+        return grad._values().contiguous(), grad._indices()[0].contiguous()
+
+
+def apply_steps(
+    steps: Sequence[SparseStep], *, step: int, epoch_start: int, on_nonfinite: str
+) -> int:
+    """Apply all parts of an optimizer step, or raise before the first is written.
+
+    Returns the number of rows skipped as non-finite.
+    """
+
+    def run(mode: str, check_only: bool) -> int:
+        return sum(
+            _core.apply(
+                s.update,
+                s.weight,
+                s.grad,
+                s.indices,
+                s.scalars,
+                s.prev_iter,
+                step,
+                s.lr,
+                epoch_start,
+                mode,
+                s.key,
+                0,
+                0,
+                False,
+                check_only,
+            )
+            for s in steps
+        )
+
+    run(on_nonfinite, True)
+    return run("skip" if on_nonfinite == "raise" else on_nonfinite, False)
 
 
 def rowwise_rmsprop_ar_(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coldrow import _core
 from coldrow.functional import (
     LAST_STEP,
     ON_NONFINITE,
+    SparseStep,
+    apply_steps,
     bump_versions,
     init_state,
     integer,
@@ -134,51 +135,28 @@ class SparseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         step = integer("step", self.clock + 1, 1, LAST_STEP)
-        calls = []
+        steps = []
         key = -1
         for group in self.param_groups:
             update, lr = self._update_of(group), number("lr", group["lr"])
             for p in group["params"]:
                 key += 1
-                if p.grad is None or (p.grad.is_sparse and p.grad._nnz() == 0):
-                    continue
-                if p.grad.layout != torch.sparse_coo or p.grad.sparse_dim() != 1:
-                    raise TypeError(
-                        f"grad: got layout {p.grad.layout}, accepted: sparse gradients (build the "
-                        "nn.Embedding or nn.EmbeddingBag with sparse=True)"
-                    )
-                calls.append((key, p, update, lr))
-
-        def run(on_nonfinite: str, check_only: bool) -> int:
-            skipped = 0
-            for table, p, update, lr in calls:
-                if not self.state[p]:
-                    self.state[p].update(init_state(update, p.shape[0], p.shape[1], p))
-                state = self.state[p]
-                skipped += _core.apply(
-                    compiled(update),
-                    p,
-                    p.grad._values().contiguous(),
-                    p.grad._indices()[0].contiguous(),
-                    [state[n] for n in update.state_names if n != "prev_iter"],
-                    state["prev_iter"],
-                    step,
-                    lr,
-                    int(self._epoch_start),
-                    on_nonfinite,
-                    table,
-                    0,
-                    0,
-                    False,
-                    check_only,
+                rows = SparseStep.rows_of(
+                    p.grad,
+                    "grad",
+                    "sparse gradients (build the nn.Embedding or nn.EmbeddingBag with sparse=True)",
                 )
-            return skipped
-
-        run(self.on_nonfinite, True)  # all tables are checked before the first is written
-        self.nonfinite_rows += run(
-            "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
+                if rows is None:
+                    continue
+                state = self.state[p] or init_state(update, p.shape[0], p.shape[1], p)
+                self.state[p] = state
+                scalars = [state[n] for n in update.state_names if n != "prev_iter"]
+                prev_iter = state["prev_iter"]
+                steps.append(SparseStep(compiled(update), p, *rows, scalars, prev_iter, lr, key))
+        self.nonfinite_rows += apply_steps(
+            steps, step=step, epoch_start=int(self._epoch_start), on_nonfinite=self.on_nonfinite
         )
-        bump_versions(*(p for _, p, _, _ in calls))
+        bump_versions(*(s.weight for s in steps))
         self._clock += 1
         return loss
 

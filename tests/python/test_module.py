@@ -1282,3 +1282,10 @@ def test_a_scheduler_of_a_fused_module_does_not_warn():
 def test_fused_tables_in_a_sparse_optimizer():
     with pytest.raises(ValueError, match="fused module"):
         coldrow.optim.SparseOptimizer(small().parameters(), coldrow.RowUpdate())
+
+
+def test_evict_of_more_rows_than_there_are():
+    """Rows may be named twice."""
+    emb = small()
+    emb.evict("a", [0, 1, 2, 3, 4, 5, 0, 1])
+    assert torch.equal(emb.weights["a"], torch.ones(6, 4))

@@ -21,6 +21,8 @@ from coldrow import _core
 from coldrow.functional import (
     LAST_STEP,
     ON_NONFINITE,
+    SparseStep,
+    apply_steps,
     bump_versions,
     integer,
     one_of,
@@ -142,6 +144,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         ]
         self._param_groups: list[dict[str, Any]] = [{"lr": lr} for lr in self._lr]
         self._feature_tables = [i for i, t in enumerate(tables) for _ in t.features or ()]
+        self._dims = [tables[t].dim for t in self._feature_tables]  # by feature
         self._outstanding: weakref.ref[Ticket] | None = None
         self._generation = 0  # moves whenever tables change outside backward and step
         self._optimizer: _Handle | None = None
@@ -153,11 +156,11 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _prepare(self) -> None:
         """(Re)build what is derived from tables and state; called whenever their memory moves."""
         names = [t.name for t in self.tables]
-        self._native = _core.TableBatch(names, [table_key(n) for n in names], self._feature_tables)
+        self._keys = [table_key(n) for n in names]
+        self._native = _core.TableBatch(names, self._keys, self._feature_tables)
         self._compiled = [compiled(u) for u in self._updates]
-        self._anchor = torch.empty(
-            0, requires_grad=True, device="cpu"
-        )  # makes autograd call the fused backward
+        # What makes autograd call the fused backward.
+        self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._parameters_list = [self.weights[n] for n in names]
         if any(p.is_inference() for p in self._parameters_list):
             raise RuntimeError(
@@ -400,9 +403,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         if outstanding is None or outstanding.used:
             return Ticket()
         if torch._C._current_graph_task_id() != -1:
-            return (
-                outstanding  # activation checkpointing runs the forward again inside its backward
-            )
+            # Activation checkpointing runs the forward again, inside its backward.
+            return outstanding
         raise RuntimeError(
             "a training forward of these tables is waiting for its backward, which will update them; "
             "a fused module takes one forward per step. Build it with fused=False for several "
@@ -422,33 +424,37 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _shape(self, out: Tensor, offsets: Tensor, sizes: tuple[int, ...] | None) -> Any:
         if self.pooling != "none":
             return out
-        dims = [self.tables[t].dim for t in self._feature_tables]
+        dims = self._dims
         if len(set(dims)) == 1:
             return out.view(-1, dims[0])
-        bags = (offsets.numel() - 1) // len(dims)
-        ends = [0]
-        for size in sizes or [bags] * len(dims):
-            ends.append(ends[-1] + size)
-        at = offsets[torch.tensor(ends, device=offsets.device)].tolist()
-        counts = [b - a for a, b in itertools.pairwise(at)]
+        counts = self._unpooled_counts(offsets, sizes)
         parts = out.split([n * d for n, d in zip(counts, dims, strict=True)])
         return [part.view(-1, d) for part, d in zip(parts, dims, strict=True)]
+
+    def _unpooled_counts(self, offsets: Tensor, sizes: tuple[int, ...] | None) -> list[int]:
+        """Return the number of indices of each feature, by the offsets (not checked here)."""
+        features = len(self._dims)
+        each = (offsets.numel() - 1) // features
+        ends = itertools.accumulate(sizes or [each] * features, initial=0)
+        at = offsets[torch.tensor(list(ends), device=offsets.device)].tolist()
+        return [b - a for a, b in itertools.pairwise(at)]
 
     def _lookup(
         self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None
     ) -> Tensor:
-        dims = [self.tables[t].dim for t in self._feature_tables]
-        features = len(dims)
+        dims = self._dims
         shape: tuple[int, ...]
-        if self.pooling == "none":
-            if len(set(dims)) == 1:
-                shape = (indices.numel() * dims[0],)
-            else:
-                shape = (self._count_unpooled(indices.numel(), offsets, batch.batch_sizes, dims),)
+        if self.pooling == "none" and len(set(dims)) == 1:
+            shape = (indices.numel() * dims[0],)
+        elif self.pooling == "none":
+            counts = self._unpooled_counts(offsets, batch.batch_sizes)
+            total = sum(n * d for n, d in zip(counts, dims, strict=True))
+            # Offsets that are wrong ask for any size; the binding will refuse them.
+            shape = (min(max(total, 0), indices.numel() * max(dims)),)
         elif batch.batch_sizes is not None:
             shape = (sum(b * d for b, d in zip(batch.batch_sizes, dims, strict=True)),)
         else:
-            shape = (max(offsets.numel() - 1, 0) // features, sum(dims))
+            shape = ((offsets.numel() - 1) // len(dims), sum(dims))
         out = torch.empty(shape, dtype=self.output_dtype, device=self._device)
         self._native.lookup(
             self._parameters_list,
@@ -466,18 +472,6 @@ class TableBatchedEmbeddingBags(nn.Module):
             out,
         )
         return out
-
-    def _count_unpooled(
-        self, positions: int, offsets: Tensor, sizes: tuple[int, ...] | None, dims: Sequence[int]
-    ) -> int:
-        bags = (offsets.numel() - 1) // len(dims)
-        first, total = 0, 0
-        for size, dim in zip(sizes or [bags] * len(dims), dims, strict=True):
-            if first + size >= offsets.numel():
-                break  # the binding says what is wrong
-            total += int(offsets[first + size] - offsets[first]) * dim
-            first += size
-        return min(max(total, 0), positions * max(dims))  # bad offsets are the binding's to report
 
     # ----------------------------------------------------------------------------------- backward
 
@@ -561,42 +555,27 @@ class TableBatchedEmbeddingBags(nn.Module):
             )
         self._sync()
         step, lrs, epoch_start = self._next_step(), self._lrs(), self.epoch_start
-        calls = []
+        steps = []
         for i, p in enumerate(self._parameters_list):
-            if p.grad is None or (p.grad.is_sparse and p.grad._nnz() == 0):
-                continue
-            if p.grad.layout != torch.sparse_coo:
-                raise TypeError(
-                    f"weights.{self.tables[i].name}.grad: got layout {p.grad.layout}, accepted: "
-                    "sparse gradients, as this module's backward makes them"
+            rows = SparseStep.rows_of(
+                p.grad,
+                f"weights.{self.tables[i].name}.grad",
+                "sparse gradients, as this module's backward makes them",
+            )
+            if rows is not None:
+                steps.append(
+                    SparseStep(
+                        self._compiled[i],
+                        p,
+                        *rows,
+                        self._scalars[i],
+                        self._prev_iters[i],
+                        lrs[i],
+                        self._keys[i],
+                    )
                 )
-            calls.append((i, p.grad._values().contiguous(), p.grad._indices()[0].contiguous()))
-
-        def run(on_nonfinite: str, check_only: bool) -> int:
-            skipped = 0
-            for i, values, rows in calls:
-                skipped += _core.apply(
-                    self._compiled[i],
-                    self._parameters_list[i],
-                    values,
-                    rows,
-                    self._scalars[i],
-                    self._prev_iters[i],
-                    step,
-                    lrs[i],
-                    epoch_start,
-                    on_nonfinite,
-                    table_key(self.tables[i].name),
-                    0,
-                    0,
-                    False,
-                    check_only,
-                )
-            return skipped
-
-        run(self.on_nonfinite, True)  # all tables are checked before the first is written
-        self.nonfinite_rows += run(
-            "skip" if self.on_nonfinite == "raise" else self.on_nonfinite, False
+        self.nonfinite_rows += apply_steps(
+            steps, step=step, epoch_start=epoch_start, on_nonfinite=self.on_nonfinite
         )
         self._tick()
 
@@ -687,9 +666,10 @@ class TableBatchedEmbeddingBags(nn.Module):
                 f"evict: table {name!r} has a gradient that waits for step(), which would train the new "
                 "rows with what belongs to the old; call step() or zero_grad() first"
             )
-        fresh = torch.empty_like(self._parameters_list[t][: rows.numel()].detach())
+        weight = self._parameters_list[t].detach()
+        fresh = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
         self.tables[t].fill(fresh)
-        self._parameters_list[t].detach()[rows] = fresh
+        weight[rows] = fresh
         for view in self._state_views[name].values():
             view[rows] = 0
         self._generation += 1
