@@ -9,6 +9,7 @@
 #include <climits>
 #include <coldrow/policy/decay.hpp>
 #include <coldrow/reference.hpp>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -109,52 +110,122 @@ inline std::shared_ptr<std::vector<float>> cumulative_table(double alpha) {
   return table;
 }
 
+// The fields of a policy compiled at run time, aligned for any of them.
+using PolicyBytes = std::shared_ptr<std::vector<std::max_align_t>>;
+
+inline PolicyBytes policy_bytes(const nb::bytes& given) {
+  auto bytes =
+      std::make_shared<std::vector<std::max_align_t>>(given.size() / sizeof(std::max_align_t) + 1);
+  std::memcpy(bytes->data(), given.c_str(), given.size());
+  return bytes;
+}
+
 // The compiled form of coldrow.RowUpdate.
 struct Update {
   UpdateArgs args{};
   std::vector<std::string> scalar_states;  // names of the per-row float32 states, in order
+  std::vector<std::string> vector_states;  // names of the element-wise ones
   std::shared_ptr<std::vector<float>> table;
+  PolicyBytes optimizer_policy, decay_policy;
 
   coldrow::reference::Update reference() const {
-    return {{args.eps_exact, args.ema_beta_exact},
+    using Kind = coldrow::reference::OptimizerKind;
+    coldrow::reference::Optimizer o{args.eps, args.beta1, args.beta2};
+    switch (args.optimizer) {
+      case OptimizerKind::sgd:
+        o.kind = Kind::sgd;
+        break;
+      case OptimizerKind::rowwise_rmsprop:
+        break;
+      case OptimizerKind::rowwise_adagrad:
+        o.kind = Kind::rowwise_adagrad;
+        break;
+      case OptimizerKind::adagrad:
+        o.kind = Kind::adagrad;
+        break;
+      case OptimizerKind::adam:
+      case OptimizerKind::adam_by_touches:
+        o.kind = Kind::adam;
+        o.count_touches = args.optimizer == OptimizerKind::adam_by_touches;
+        break;
+      case OptimizerKind::partial_rowwise_adam:
+      case OptimizerKind::partial_rowwise_adam_by_touches:
+        o.kind = Kind::partial_rowwise_adam;
+        o.count_touches = args.optimizer == OptimizerKind::partial_rowwise_adam_by_touches;
+        break;
+      case OptimizerKind::external:
+        bad_value("optimizer: compiled at run time, so the float64 reference does not know it");
+    }
+    if (args.decay == DecayName::external) {
+      bad_value("decay: compiled at run time, so the float64 reference does not know it");
+    }
+    return {o,
             {static_cast<coldrow::DecayKind>(args.decay), args.epoch_gated, args.alpha,
              args.min_shrinkage, args.weight_decay, args.half_life},
             args.decay_state};
   }
 };
 
-inline Update make_update(const std::string& optimizer, double eps, double ema_beta,
+// external_*: address of the compiled policy's functions, with the bytes of its fields.
+inline Update make_update(const std::string& optimizer, double eps, double beta1, double beta2,
+                          std::uintptr_t external_optimizer, const nb::bytes& optimizer_policy,
                           const std::string& decay, bool epoch_gated, double alpha,
                           double min_shrinkage, double weight_decay, double half_life,
+                          std::uintptr_t external_decay, const nb::bytes& decay_policy,
                           const std::string& rounding, std::uint64_t seed, bool decay_state) {
   Update u;
-  u.args.optimizer = choice<OptimizerKind>("optimizer", optimizer,
-                                           {{"rowwise_rmsprop", OptimizerKind::rowwise_rmsprop}});
-  u.scalar_states = {"momentum1"};
-  u.args.eps = static_cast<float>(u.args.eps_exact = eps);
-  u.args.ema_beta = static_cast<float>(u.args.ema_beta_exact = ema_beta);
-  u.args.decay = choice<DecayName>("decay", decay,
-                                   {{"none", DecayName::none},
-                                    {"linear_clipped", DecayName::linear_clipped},
-                                    {"cumulative_linear", DecayName::cumulative_linear},
-                                    {"exponential", DecayName::exponential},
-                                    {"constant", DecayName::constant},
-                                    {"epoch_reset", DecayName::epoch_reset}});
-  u.args.epoch_gated = epoch_gated;
-  u.args.alpha = alpha;
-  u.args.min_shrinkage = min_shrinkage;
-  u.args.weight_decay = weight_decay;
-  u.args.half_life = half_life;
-  u.args.decay_state = decay_state;
-  u.args.rounding = choice<RoundingKind>(
+  UpdateArgs& args = u.args;
+  args.optimizer = choice<OptimizerKind>(
+      "optimizer", optimizer,
+      {{"sgd", OptimizerKind::sgd},
+       {"rowwise_rmsprop", OptimizerKind::rowwise_rmsprop},
+       {"rowwise_adagrad", OptimizerKind::rowwise_adagrad},
+       {"adagrad", OptimizerKind::adagrad},
+       {"adam", OptimizerKind::adam},
+       {"adam_by_touches", OptimizerKind::adam_by_touches},
+       {"partial_rowwise_adam", OptimizerKind::partial_rowwise_adam},
+       {"partial_rowwise_adam_by_touches", OptimizerKind::partial_rowwise_adam_by_touches},
+       {"external", OptimizerKind::external}});
+  args.eps = eps;
+  args.beta1 = beta1;
+  args.beta2 = beta2;
+  args.external_optimizer = reinterpret_cast<const void*>(external_optimizer);
+  u.optimizer_policy = policy_bytes(optimizer_policy);
+  args.optimizer_policy = u.optimizer_policy->data();
+  args.decay = choice<DecayName>("decay", decay,
+                                 {{"none", DecayName::none},
+                                  {"linear_clipped", DecayName::linear_clipped},
+                                  {"cumulative_linear", DecayName::cumulative_linear},
+                                  {"exponential", DecayName::exponential},
+                                  {"constant", DecayName::constant},
+                                  {"epoch_reset", DecayName::epoch_reset},
+                                  {"external", DecayName::external}});
+  args.epoch_gated = epoch_gated;
+  args.alpha = alpha;
+  args.min_shrinkage = min_shrinkage;
+  args.weight_decay = weight_decay;
+  args.half_life = half_life;
+  args.external_decay = reinterpret_cast<const void*>(external_decay);
+  u.decay_policy = policy_bytes(decay_policy);
+  args.decay_policy = u.decay_policy->data();
+  args.decay_state = decay_state;
+  args.rounding = choice<RoundingKind>(
       "rounding", rounding,
       {{"nearest", RoundingKind::nearest}, {"stochastic", RoundingKind::stochastic}});
-  u.args.seed = seed;
-  if (u.args.decay == DecayName::cumulative_linear &&
+  args.seed = seed;
+  if (args.decay == DecayName::cumulative_linear &&
       coldrow::CumulativeLinear::table_size(alpha) > 0) {
     u.table = cumulative_table(alpha);
-    u.args.decay_table = u.table->data();
-    u.args.decay_table_size = static_cast<std::int32_t>(u.table->size());
+    args.decay_table = u.table->data();
+    args.decay_table_size = static_cast<std::int32_t>(u.table->size());
+  }
+  if ((args.optimizer == OptimizerKind::external) != (external_optimizer != 0) ||
+      (args.decay == DecayName::external) != (external_decay != 0)) {
+    bad_value("external: accepted: an address where the policy was compiled at run time");
+  }
+  const StateArgs state = kernels->state(args);
+  for (int i = 0; i < state.scalar_states + state.vector_states; ++i) {
+    (i < state.scalar_states ? u.scalar_states : u.vector_states).push_back(state.names[i]);
   }
   return u;
 }
@@ -233,18 +304,29 @@ inline void take_prev_iter(Call& call, TableArgs& table, nb::handle prev_iter, A
   (access == Access::write ? call.written : call.read).push_back(std::move(a));
 }
 
-inline void take_scalars(Call& call, TableArgs& table, const Update& update, nb::sequence scalars) {
-  if (nb::len(scalars) != update.scalar_states.size()) {
-    bad_value("state: got " + std::to_string(nb::len(scalars)) + " arrays, accepted: " +
-              std::to_string(update.scalar_states.size()) + " beside prev_iter");
+// The optimizer's state: scalar states [rows] of any stride, then element-wise ones [rows, dim].
+inline void take_state(Call& call, TableArgs& table, const Update& update, nb::sequence arrays) {
+  const std::size_t scalars = update.scalar_states.size(), vectors = update.vector_states.size();
+  if (nb::len(arrays) != scalars + vectors) {
+    bad_value("state: got " + std::to_string(nb::len(arrays)) +
+              " arrays, accepted: " + std::to_string(scalars + vectors) + " beside prev_iter");
   }
-  int i = 0;
-  for (nb::handle h : scalars) {
-    Array a = take_array(h, update.scalar_states[i].c_str(), Access::write);
-    a.require_shape({table.rows}, "one per row");
-    a.require_dtype("float32");
-    table.scalars[i] = static_cast<float*>(a.data);
-    table.scalar_strides[i] = a.strides[0];
+  std::size_t i = 0;
+  for (nb::handle h : arrays) {
+    const bool scalar = i < scalars;
+    const std::string& name = scalar ? update.scalar_states[i] : update.vector_states[i - scalars];
+    Array a = take_array(h, name.c_str(), Access::write);
+    if (scalar) {
+      a.require_shape({table.rows}, "one per row");
+      a.require_dtype("float32");
+      table.scalars[i] = static_cast<float*>(a.data);
+      table.scalar_strides[i] = a.strides[0];
+    } else {
+      a.require_shape({table.rows, table.dim}, "one per element");
+      a.require_contiguous();
+      a.require_dtype("float32");
+      table.vectors[i - scalars] = static_cast<float*>(a.data);
+    }
     call.written.push_back(std::move(a));
     ++i;
   }

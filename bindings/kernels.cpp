@@ -19,6 +19,8 @@ AnyDecay to_decay(const UpdateArgs& u) {
   d.cumulative_linear = {u.alpha, u.decay_table, u.decay_table_size};
   d.exponential = {u.weight_decay, u.half_life};
   d.constant = {static_cast<float>(u.weight_decay)};
+  d.external = static_cast<const ExternalDecay*>(u.external_decay);
+  d.external_policy = u.decay_policy;
   return d;
 }
 
@@ -189,8 +191,8 @@ struct UpdateSpace {
   std::int64_t* table_base;     // [tables + 1], first row number of each table
   std::int64_t* table_begin;    // [tables + 1], first sorted entry of each table
   std::uint32_t* counts;
-  float* scratch;  // [threads, scratch_dim]
-  std::int64_t scratch_dim;
+  float* scratch;  // [threads, scratch_size]
+  std::int64_t scratch_size;
   host::ApplyReport* reports;  // [threads]
   void* entries;
   void* other;
@@ -219,12 +221,11 @@ UpdateSpace lay_out(const BatchArgs& b, Workspace& w) {
   s.table_base = w.take<std::int64_t>(b.num_tables + 1);
   s.table_begin = w.take<std::int64_t>(b.num_tables + 1);
   s.counts = w.take<std::uint32_t>(static_cast<std::int64_t>(b.threads) * host::kDigits);
-  std::int64_t widest = 0;
+  s.scratch_size = 16;
   for (std::int32_t t = 0; t < b.num_tables; ++t) {
-    widest = max_of<std::int64_t>(widest, b.tables[t].dim);
+    s.scratch_size = max_of(s.scratch_size, host::scratch_floats(b.tables[t].dim) + 16);
   }
-  s.scratch_dim = (widest + 15) / 16 * 16 + 16;
-  s.scratch = w.take<float>(s.scratch_dim * b.threads);
+  s.scratch = w.take<float>(s.scratch_size * b.threads);
   s.reports = w.take<host::ApplyReport>(b.threads);
   with_entry(b, [&](auto entry) {
     s.entries = w.take<decltype(entry)>(b.positions);
@@ -255,77 +256,98 @@ void fill_features(const BatchArgs& b, const UpdateSpace& s) {
   }
 }
 
-template <class Weight, class Optimizer>
-Table<Weight, Optimizer> to_table(const TableArgs& t) {
-  Table<Weight, Optimizer> table;
-  table.weight = static_cast<Weight*>(t.weight);
-  table.rows = t.rows;
-  table.dim = t.dim;
-  table.prev_iter = {t.prev_iter, t.prev_iter_stride};
-  for (int i = 0; i < Optimizer::scalar_states; ++i) {
-    table.scalars[i] = {t.scalars[i], t.scalar_strides[i]};
-  }
-  for (int i = 0; i < Optimizer::vector_states; ++i) table.vectors[i] = t.vectors[i];
-  table.origin = {t.key, t.row_offset, t.col_offset, 0};
-  return table;
-}
-
-// The runs sorted[lo, hi) of table t. The gradient type is chosen per run, so that it does not
-// multiply the number of update kernels.
-template <class Update, class Entry>
-host::ApplyReport run_table(const Update& update, const BatchArgs& b, std::int32_t t,
-                            const UpdateSpace& s, const Entry* sorted, std::int64_t lo,
-                            std::int64_t hi, const void* grad, DType grad_type, host::Pass pass,
-                            float* scratch) {
-  using Weight = typename Update::weight_type;
-  using Optimizer = typename Update::optimizer_type;
-  const auto table = to_table<Weight, Optimizer>(b.tables[t]);
-  const Feature* features = s.features_by_table + s.first_feature[t];
-  const int count = s.first_feature[t + 1] - s.first_feature[t];
-  const auto rows = [&](auto value) {
-    using Grad = decltype(value);
-    return host::GradientRows<Grad>{static_cast<const Grad*>(grad), features, count};
-  };
-  return host::apply_runs(
-      update, table, sorted, lo, hi, s.table_base[t], pass,
-      [&](const Entry* run, std::int64_t length) {
-        return with_numeric(grad_type, [&](auto value) {
-          return host::sum_run(rows(value), run, length, table.dim, scratch);
-        });
-      },
-      [&](const Entry& e) {
-        with_numeric(grad_type, [&](auto value) {
-          host::prefetch(rows(value).row(e.out_row),
-                         sizeof(value) * static_cast<std::size_t>(table.dim));
-        });
-      });
-}
-
-template <class Weight, class Optimizer, class Rounding>
-auto make_update(const BatchArgs& b, const TableArgs& t, const Optimizer& optimizer,
-                 const Rounding& rounding, OnNonfinite on_nonfinite) {
-  auto update = RowUpdate<Weight, float, Optimizer, AnyDecay, Rounding>::at(
-      static_cast<std::int32_t>(b.step), t.lr, optimizer, to_decay(t.update), rounding,
-      t.update.decay_state, b.epoch_start);
-  update.on_nonfinite = on_nonfinite == OnNonfinite::propagate ? coldrow::OnNonfinite::propagate
-                                                               : coldrow::OnNonfinite::skip;
-  return update;
-}
-
-// Calls f with the row update of table t.
+// Calls f with the optimizer's struct.
 template <class F>
-auto with_update(const BatchArgs& b, const TableArgs& t, OnNonfinite on_nonfinite, const F& f) {
-  const RowwiseRMSprop optimizer{t.update.eps, t.update.ema_beta};
-  return with_numeric(t.dtype, [&](auto weight) {
-    using Weight = decltype(weight);
-    if constexpr (!std::same_as<Weight, float>) {  // float32 is stored unrounded
-      if (t.update.rounding == RoundingKind::stochastic) {
-        return f(make_update<Weight>(b, t, optimizer, Stochastic{t.update.seed}, on_nonfinite));
-      }
-    }
-    return f(make_update<Weight>(b, t, optimizer, Nearest{}, on_nonfinite));
+auto with_optimizer(const UpdateArgs& u, const F& f) {
+  const auto eps = static_cast<float>(u.eps);
+  switch (u.optimizer) {
+    case OptimizerKind::sgd:
+      return f(SGD{});
+    case OptimizerKind::rowwise_adagrad:
+      return f(RowwiseAdagrad{eps});
+    case OptimizerKind::adagrad:
+      return f(Adagrad{eps});
+    case OptimizerKind::adam:
+      return f(Adam<BiasCorrection::clock>{u.eps, u.beta1, u.beta2});
+    case OptimizerKind::adam_by_touches:
+      return f(Adam<BiasCorrection::row>{u.eps, u.beta1, u.beta2});
+    case OptimizerKind::partial_rowwise_adam:
+      return f(PartialRowwiseAdam<BiasCorrection::clock>{u.eps, u.beta1, u.beta2});
+    case OptimizerKind::partial_rowwise_adam_by_touches:
+      return f(PartialRowwiseAdam<BiasCorrection::row>{u.eps, u.beta1, u.beta2});
+    case OptimizerKind::rowwise_rmsprop:
+    case OptimizerKind::external:
+      break;
+  }
+  return f(RowwiseRMSprop{eps, static_cast<float>(u.beta1)});
+}
+
+// Calls f with the optimizer's kernels and its struct.
+template <class F>
+auto with_optimizer_kernels(const UpdateArgs& u, const F& f) {
+  if (u.optimizer == OptimizerKind::external) {
+    return f(*static_cast<const host::OptimizerKernels*>(u.external_optimizer), u.optimizer_policy);
+  }
+  return with_optimizer(u, [&](const auto& optimizer) {
+    static constexpr auto kernels =
+        host::OptimizerKernels::of<std::remove_cvref_t<decltype(optimizer)>>();
+    return f(kernels, &optimizer);
   });
 }
+
+StateArgs state(const UpdateArgs& u) {
+  return with_optimizer_kernels(u, [](const host::OptimizerKernels& k, const void*) {
+    StateArgs s{k.scalar_states, k.vector_states, {}};
+    for (int i = 0; i < k.scalar_states + k.vector_states; ++i) s.names[i] = k.state_names[i];
+    return s;
+  });
+}
+
+const host::RowsKernel& rows_kernel(const host::OptimizerKernels& k, DType dtype,
+                                    RoundingKind rounding) {
+  const bool stochastic = rounding == RoundingKind::stochastic;
+  switch (dtype) {
+    case DType::f16:
+      return stochastic ? k.f16_stochastic : k.f16_nearest;
+    case DType::bf16:
+      return stochastic ? k.bf16_stochastic : k.bf16_nearest;
+    case DType::f32:
+      break;
+  }
+  return k.f32;
+}
+
+// The update of one table at this step, ready to run.
+struct TableRows {
+  const host::RowsKernel* kernel;
+  alignas(64) unsigned char made[host::RowsKernel::capacity];
+
+  TableRows(const BatchArgs& b, const TableArgs& t, OnNonfinite on_nonfinite) {
+    with_optimizer_kernels(t.update, [&](const host::OptimizerKernels& k, const void* optimizer) {
+      host::RowsSpec spec{};
+      spec.weight = t.weight;
+      spec.rows = t.rows;
+      spec.dim = t.dim;
+      spec.prev_iter = {t.prev_iter, t.prev_iter_stride};
+      for (int i = 0; i < k.scalar_states; ++i) {
+        spec.scalars[i] = {t.scalars[i], t.scalar_strides[i]};
+      }
+      for (int i = 0; i < k.vector_states; ++i) spec.vectors[i] = t.vectors[i];
+      spec.origin = {t.key, t.row_offset, t.col_offset, 0};
+      spec.optimizer = optimizer;
+      spec.decay = to_decay(t.update);
+      spec.seed = t.update.seed;
+      spec.lr = t.lr;
+      spec.step = static_cast<std::int32_t>(b.step);
+      spec.epoch_start = b.epoch_start;
+      spec.decay_state = t.update.decay_state;
+      spec.on_nonfinite = on_nonfinite == OnNonfinite::propagate ? coldrow::OnNonfinite::propagate
+                                                                 : coldrow::OnNonfinite::skip;
+      kernel = &rows_kernel(k, t.dtype, t.update.rounding);
+      kernel->make(spec, made);
+    });
+  }
+};
 
 template <class Entry>
 UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
@@ -350,9 +372,18 @@ UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
         const std::int64_t lo = max_of(begin, s.table_begin[t]);
         const std::int64_t hi = min_of(end, s.table_begin[t + 1]);
         if (lo >= hi) continue;
-        host::ApplyReport one = with_update(b, b.tables[t], on_nonfinite, [&](const auto& update) {
-          return run_table(update, b, t, s, sorted, lo, hi, grad, grad_type, pass,
-                           s.scratch + part * s.scratch_dim);
+        const TableRows rows(b, b.tables[t], on_nonfinite);
+        host::ApplyReport one;
+        with_numeric(grad_type, [&](auto value) {
+          using Grad = decltype(value);
+          const host::GradientRows<Grad> grads{static_cast<const Grad*>(grad),
+                                               s.features_by_table + s.first_feature[t],
+                                               s.first_feature[t + 1] - s.first_feature[t]};
+          host::apply_runs(sorted, lo, hi, s.table_base[t], b.tables[t].dim, grads,
+                           rows.kernel->memory(rows.made), s.scratch + part * s.scratch_size,
+                           [&](const host::RowGradient* some, int count) {
+                             rows.kernel->run(rows.made, pass, some, count, one);
+                           });
         });
         one.nonfinite.table = one.stale.table = t;
         report.merge(one);
@@ -405,6 +436,7 @@ float factor(const UpdateArgs& u, std::int32_t prev_iter, std::int32_t step, dou
 // kernels_<build>
 extern const Kernels COLDROW_JOIN(kernels_, COLDROW_ABI);
 const Kernels COLDROW_JOIN(kernels_, COLDROW_ABI) = {COLDROW_STRING(COLDROW_ABI),
+                                                     state,
                                                      check_batch,
                                                      lookup_bytes,
                                                      lookup,

@@ -9,7 +9,18 @@ namespace coldrow_module {
 
 enum class DType : std::int32_t { f32, f16, bf16 };
 enum class IndexType : std::int32_t { i32, i64 };
-enum class OptimizerKind : std::int32_t { rowwise_rmsprop };
+// In the order of the list in kernels.cpp. (Adam's two kinds differ in their state.)
+enum class OptimizerKind : std::int32_t {
+  sgd,
+  rowwise_rmsprop,
+  rowwise_adagrad,
+  adagrad,
+  adam,
+  adam_by_touches,
+  partial_rowwise_adam,
+  partial_rowwise_adam_by_touches,
+  external,
+};
 enum class RoundingKind : std::int32_t { nearest, stochastic };
 enum class OnNonfinite : std::int32_t { raise, skip, propagate };
 // Same values as coldrow::DecayKind.
@@ -19,20 +30,24 @@ enum class DecayName : std::int32_t {
   cumulative_linear,
   exponential,
   constant,
-  epoch_reset
+  epoch_reset,
+  external,
 };
 
-inline constexpr int kMaxScalars = 2;
-inline constexpr int kMaxVectors = 2;
+inline constexpr int kMaxScalars = 4;
+inline constexpr int kMaxVectors = 4;
 
 struct UpdateArgs {
   OptimizerKind optimizer;
-  float eps, ema_beta;
-  double eps_exact, ema_beta_exact;  // as given, for the float64 reference
+  double eps, beta1, beta2;        // beta1 is RowwiseRMSprop's ema_beta too
+  const void* external_optimizer;  // coldrow::host::OptimizerKernels of one compiled at run time
+  const void* optimizer_policy;    // its fields
   DecayName decay;
   bool epoch_gated;
   double alpha, min_shrinkage, weight_decay, half_life;
-  const float* decay_table;  // CumulativeLinear's, or null
+  const void* external_decay;  // coldrow::ExternalDecay of one compiled at run time
+  const void* decay_policy;    // its fields
+  const float* decay_table;    // CumulativeLinear's, or null
   std::int32_t decay_table_size;
   bool decay_state;
   RoundingKind rounding;
@@ -98,9 +113,16 @@ struct UpdateReport {
   bool refused;     // because of one of them; then nothing was written
 };
 
+// The state that an optimizer declares.
+struct StateArgs {
+  int scalar_states, vector_states;
+  const char* names[kMaxScalars + kMaxVectors];  // scalar states first
+};
+
 // One build of kernels.cpp.
 struct Kernels {
   const char* name;
+  StateArgs (*state)(const UpdateArgs& update);
   // Offsets, then indices. Call it before anything else; the others trust the batch.
   Problem (*check_batch)(BatchArgs& batch);
   // Forward. read: charge the decay owed by each row read. workspace: lookup_bytes().

@@ -24,7 +24,7 @@ FeatureArgs only_feature(const Call& call) {
 }
 
 std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
-                   nb::sequence scalars, nb::handle prev_iter, std::int64_t step, double lr,
+                   nb::sequence state, nb::handle prev_iter, std::int64_t step, double lr,
                    std::int64_t epoch_start, const std::string& on_nonfinite,
                    std::uint64_t table_key, std::int64_t row_offset, std::int64_t col_offset,
                    bool check_step, bool check_only) {
@@ -35,7 +35,7 @@ std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb:
   table.col_offset = col_offset;
   take_weight(call, table, weight, Access::write);
   take_prev_iter(call, table, prev_iter, Access::write);
-  take_scalars(call, table, update, scalars);
+  take_state(call, table, update, state);
   set_policy(table, update, lr);
   take_indices(call, indices);
   call.features.push_back(only_feature(call));
@@ -77,8 +77,7 @@ void read(const Update& update, nb::handle out, nb::handle weight, nb::handle in
 // -------------------------------------------------------------------------------------- reference
 
 void reference_apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
-                     nb::handle momentum1, nb::handle prev_iter, std::int64_t step, double lr,
-                     std::int64_t epoch_start) {
+                     nb::dict state, std::int64_t step, double lr, std::int64_t epoch_start) {
   const auto take = [](nb::handle h, const char* name, Access access, const char* dtype,
                        std::initializer_list<std::int64_t> shape) {
     Array a = take_array(h, name, access);
@@ -88,17 +87,32 @@ void reference_apply(const Update& update, nb::handle weight, nb::handle grad, n
     return a;
   };
   const Array w = take(weight, "weight", Access::write, "float64", {-1, -1});
+  const std::int64_t rows = w.shape[0], dim = w.shape[1];
   const Array i = take(indices, "indices", Access::read, "int64", {-1});
-  const Array g = take(grad, "grad", Access::read, "float64", {i.shape[0], w.shape[1]});
-  const Array m = take(momentum1, "momentum1", Access::write, "float64", {w.shape[0]});
-  const Array p = take(prev_iter, "prev_iter", Access::write, "int64", {w.shape[0]});
-  const auto* rows = static_cast<const std::int64_t*>(i.data);
+  const Array g = take(grad, "grad", Access::read, "float64", {i.shape[0], dim});
+  coldrow::reference::State s{};
+  const Array p = take(state["prev_iter"], "prev_iter", Access::write, "int64", {rows});
+  s.prev_iter = static_cast<std::int64_t*>(p.data);
+  const auto take_all = [&](const std::vector<std::string>& names, bool by_row) {
+    for (const std::string& name : names) {
+      const char* n = name.c_str();
+      const Array a = by_row ? take(state[n], n, Access::write, "float64", {rows})
+                             : take(state[n], n, Access::write, "float64", {rows, dim});
+      double*& to = name == "momentum1"   ? s.momentum1
+                    : name == "momentum2" ? s.momentum2
+                                          : s.touches;
+      to = static_cast<double*>(a.data);
+    }
+  };
+  const auto reference = update.reference();
+  take_all(update.scalar_states, true);
+  take_all(update.vector_states, false);
+  const auto* index = static_cast<const std::int64_t*>(i.data);
   for (std::int64_t k = 0; k < i.shape[0]; ++k) {
-    if (rows[k] < 0 || rows[k] >= w.shape[0]) bad_index("indices: out of range");
+    if (index[k] < 0 || index[k] >= rows) bad_index("indices: out of range");
   }
-  coldrow::reference::apply(update.reference(), static_cast<double*>(w.data), w.shape[1],
-                            static_cast<double*>(m.data), static_cast<std::int64_t*>(p.data),
-                            static_cast<const double*>(g.data), rows, i.shape[0], step, lr,
+  coldrow::reference::apply(reference, static_cast<double*>(w.data), dim, s,
+                            static_cast<const double*>(g.data), index, i.shape[0], step, lr,
                             epoch_start);
 }
 
@@ -113,21 +127,31 @@ NB_MODULE(_core, m) {
   nb::class_<Update>(m, "Update", "The compiled form of coldrow.RowUpdate.")
       .def(
           "__init__",
-          [](Update* self, const std::string& optimizer, double eps, double ema_beta,
+          [](Update* self, const std::string& optimizer, double eps, double beta1, double beta2,
+             std::uintptr_t external_optimizer, const nb::bytes& optimizer_policy,
              const std::string& decay, bool epoch_gated, double alpha, double min_shrinkage,
-             double weight_decay, double half_life, const std::string& rounding, std::uint64_t seed,
+             double weight_decay, double half_life, std::uintptr_t external_decay,
+             const nb::bytes& decay_policy, const std::string& rounding, std::uint64_t seed,
              bool decay_state) {
-            new (self) Update(make_update(optimizer, eps, ema_beta, decay, epoch_gated, alpha,
-                                          min_shrinkage, weight_decay, half_life, rounding, seed,
-                                          decay_state));
+            new (self) Update(make_update(optimizer, eps, beta1, beta2, external_optimizer,
+                                          optimizer_policy, decay, epoch_gated, alpha,
+                                          min_shrinkage, weight_decay, half_life, external_decay,
+                                          decay_policy, rounding, seed, decay_state));
           },
-          "optimizer"_a, "eps"_a, "ema_beta"_a, "decay"_a, "epoch_gated"_a, "alpha"_a,
-          "min_shrinkage"_a, "weight_decay"_a, "half_life"_a, "rounding"_a, "seed"_a,
-          "decay_state"_a)
-      .def_prop_ro("scalar_states", [](const Update& u) { return u.scalar_states; });
+          nb::kw_only(), "optimizer"_a, "eps"_a = 0.0, "beta1"_a = 0.0, "beta2"_a = 0.0,
+          "external_optimizer"_a = 0, "optimizer_policy"_a = nb::bytes("", 0), "decay"_a,
+          "epoch_gated"_a = false, "alpha"_a = 0.0, "min_shrinkage"_a = 0.0, "weight_decay"_a = 0.0,
+          "half_life"_a = 0.0, "external_decay"_a = 0, "decay_policy"_a = nb::bytes("", 0),
+          "rounding"_a, "seed"_a = 0, "decay_state"_a = false)
+      .def_prop_ro(
+          "scalar_states", [](const Update& u) { return u.scalar_states; },
+          "Names of the optimizer's state arrays of one float32 per row.")
+      .def_prop_ro(
+          "vector_states", [](const Update& u) { return u.vector_states; },
+          "Names of its element-wise state arrays.");
 
   m.def("apply", &apply, "update"_a, "weight"_a.none(), "grad"_a.none(), "indices"_a.none(),
-        "scalars"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a,
+        "state"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a,
         "table"_a, "row_offset"_a, "col_offset"_a, "check_step"_a, "check_only"_a,
         "One step on one table, in place, or only its checks. Returns the number of rows skipped "
         "as non-finite.");
@@ -145,7 +169,7 @@ NB_MODULE(_core, m) {
       .def("weight_gradients", &TableBatch::weight_gradients, "weights"_a, "prev_iters"_a,
            "updates"_a, "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "batch_sizes"_a.none(),
            "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "grad"_a.none(), "out"_a.none())
-      .def("update", &TableBatch::update, "weights"_a, "scalars"_a, "prev_iters"_a, "updates"_a,
+      .def("update", &TableBatch::update, "weights"_a, "states"_a, "prev_iters"_a, "updates"_a,
            "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
            "batch_sizes"_a.none(), "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a.none(),
            "on_nonfinite"_a);
@@ -163,10 +187,10 @@ NB_MODULE(_core, m) {
       "The decay factor of a touch at `step`, or of a read before it.");
 
   m.def("reference_apply", &reference_apply, "update"_a, "weight"_a.none(), "grad"_a.none(),
-        "indices"_a.none(), "momentum1"_a.none(), "prev_iter"_a.none(), "step"_a, "lr"_a,
-        "epoch_start"_a,
+        "indices"_a.none(), "state"_a, "step"_a, "lr"_a, "epoch_start"_a,
         "The float64 reference of one step: weight float64 [rows, dim], grad float64 [n, dim], "
-        "indices int64 [n], momentum1 float64 [rows], prev_iter int64 [rows].");
+        "indices int64 [n]; state: a dict of prev_iter int64 [rows] and the optimizer's arrays, "
+        "float64 [rows], or [rows, dim] where element-wise.");
   m.def(
       "reference_read_factor",
       [](const Update& u, std::int64_t prev_iter, std::int64_t step, double lr,

@@ -57,7 +57,7 @@ class TableBatch {
                               workspace);
   }
 
-  std::int64_t update(nb::sequence weights, nb::sequence scalars, nb::sequence prev_iters,
+  std::int64_t update(nb::sequence weights, nb::sequence states, nb::sequence prev_iters,
                       nb::sequence updates, std::vector<double> lrs, nb::handle indices,
                       nb::handle offsets, nb::handle per_sample_weights, nb::handle batch_sizes,
                       const std::string& pooling, std::int64_t step, std::int64_t epoch_start,
@@ -69,8 +69,8 @@ class TableBatch {
     Call call = begin(weights, prev_iters, updates, lrs, true, indices, offsets, per_sample_weights,
                       batch_sizes, pooling, step, epoch_start, Access::write);
     for (std::size_t t = 0; t < names_.size(); ++t) {
-      take_scalars(call, call.tables[t], nb::cast<const Update&>(updates[t]),
-                   nb::cast<nb::sequence>(scalars[t]));
+      take_state(call, call.tables[t], nb::cast<const Update&>(updates[t]),
+                 nb::cast<nb::sequence>(states[t]));
     }
     const Array g = take_array(grad, "grad", Access::read);
     require_elements(g, call);

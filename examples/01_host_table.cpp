@@ -32,7 +32,7 @@ int main() {
 
   std::vector<host::PlainEntry> entries(positions), other(positions);
   std::vector<std::uint32_t> counts(host::kDigits);
-  std::vector<float> scratch(16);  // kDim rounded up to 16
+  std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(kDim)));
   host::make_entries(batch, &table_base, /*threads=*/1, entries.data());
   const host::PlainEntry* sorted = host::sort_entries(entries.data(), other.data(), positions,
                                                       /*bits=*/3, /*threads=*/1, counts.data());

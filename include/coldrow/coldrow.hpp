@@ -7,5 +7,6 @@
 
 #include "host/apply.hpp"
 #include "host/lookup.hpp"
+#include "host/rows.hpp"
 #include "policy/any_decay.hpp"
 #include "row/update.hpp"

@@ -9,6 +9,9 @@ from coldrow import cuda
 from coldrow._version import __version__
 from coldrow.functional import apply_, init_state, read_, rowwise_rmsprop_ar_
 from coldrow.policies import (
+    SGD,
+    Adagrad,
+    Adam,
     Constant,
     CumulativeLinear,
     Decay,
@@ -19,13 +22,18 @@ from coldrow.policies import (
     Nearest,
     NoDecay,
     Optimizer,
+    PartialRowwiseAdam,
     Rounding,
     RowUpdate,
+    RowwiseAdagrad,
     RowwiseRMSprop,
     Stochastic,
 )
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
     "Constant",
     "CumulativeLinear",
     "Decay",
@@ -36,8 +44,10 @@ __all__ = [
     "Nearest",
     "NoDecay",
     "Optimizer",
+    "PartialRowwiseAdam",
     "Rounding",
     "RowUpdate",
+    "RowwiseAdagrad",
     "RowwiseRMSprop",
     "Stochastic",
     "__version__",

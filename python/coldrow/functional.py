@@ -103,8 +103,8 @@ def _state_arrays(update: RowUpdate, state: Mapping[str, Any]) -> tuple[list[Any
     if not isinstance(state, Mapping) or set(state) != set(names):
         given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"state: got {given}, accepted: a dict with {sorted(names)}")
-    scalars = [_checked(n, state[n], written=True) for n in names if n != "prev_iter"]
-    return scalars, _checked("prev_iter", state["prev_iter"], written=True)
+    arrays = [_checked(n, state[n], written=True) for n in names if n != "prev_iter"]
+    return arrays, _checked("prev_iter", state["prev_iter"], written=True)
 
 
 def _check_update(update: Any) -> RowUpdate:
@@ -137,8 +137,9 @@ def apply_(
         weight: float32, float16 or bfloat16 ``[E, D]``, contiguous, writable.
         grad: float32, float16 or bfloat16 ``[N, D]``, contiguous: one gradient row per index.
         indices: int32 or int64 ``[N]``, contiguous, each in ``[0, E)``.
-        state: ``{"momentum1": float32 [E], "prev_iter": int32 [E]}``, any stride, zero to begin with
-            (see :func:`init_state`).
+        state: ``{"prev_iter": int32 [E], ...}`` with what the optimizer has: float32 ``[E]`` of any
+            stride, or contiguous ``[E, D]`` where element-wise; zero to begin with (see
+            :func:`init_state`).
         step: number of this optimizer step, counted from 1; greater than ``prev_iter`` of every row
             touched.
         lr: learning rate; default ``update.optimizer.lr``.
@@ -155,13 +156,13 @@ def apply_(
             a non-finite update under ``"raise"``.
         IndexError: an index outside ``[0, E)``.
     """
-    scalars, prev_iter = _state_arrays(_check_update(update), state)
+    arrays, prev_iter = _state_arrays(_check_update(update), state)
     _core.apply(
         compiled(update),
         _checked("weight", weight, written=True),
         _checked("grad", grad, written=False),
         _checked("indices", indices, written=False),
-        scalars,
+        arrays,
         prev_iter,
         integer("step", step, 1, LAST_STEP),
         number("lr", update.optimizer.lr if lr is None else lr),
@@ -184,7 +185,7 @@ class SparseStep:
     weight: Any
     grad: Any  # [n, D]
     indices: Any  # [n]
-    scalars: list[Any]
+    state: list[Any]  # the optimizer's
     prev_iter: Any
     lr: float
     key: int
@@ -214,7 +215,7 @@ def apply_steps(
                 s.weight,
                 s.grad,
                 s.indices,
-                s.scalars,
+                s.state,
                 s.prev_iter,
                 step,
                 s.lr,
@@ -353,28 +354,30 @@ def init_state(update: RowUpdate, num_rows: int, dim: int, like: Any) -> dict[st
     Args:
         update: what will be applied.
         num_rows: rows of the table.
-        dim: columns of the table (element-wise optimizers have state of that width).
+        dim: columns of the table, the width of element-wise state.
         like: a torch, NumPy or CuPy array.
 
     Returns:
-        ``{"prev_iter": int32 [num_rows], "momentum1": float32 [num_rows]}``
+        ``{"prev_iter": int32 [num_rows], ...}`` with the optimizer's state, float32 ``[num_rows]``, or
+        ``[num_rows, dim]`` where element-wise: ``momentum1`` for RowwiseRMSprop.
     """
     num_rows = integer("num_rows", num_rows, 0, 2**62)
-    integer("dim", dim, 1, 2**31 - 1)
+    dim = integer("dim", dim, 1, 2**31 - 1)
+    shapes = _check_update(update).state_shapes(num_rows, dim)
     torch = _torch_tensor(like)
     if torch is not None:
         return {
             name: torch.zeros(
-                num_rows,
+                shape,
                 dtype=torch.int32 if name == "prev_iter" else torch.float32,
                 device=like.device,
             )
-            for name in _check_update(update).state_names
+            for name, shape in shapes.items()
         }
     library = sys.modules.get(type(like).__module__.partition(".")[0])
     if library is None or not hasattr(library, "zeros"):
         raise TypeError(f"like: got {type(like).__name__}, accepted: a torch, NumPy or CuPy array")
     return {
-        name: library.zeros(num_rows, dtype="int32" if name == "prev_iter" else "float32")
-        for name in _check_update(update).state_names
+        name: library.zeros(shape, dtype="int32" if name == "prev_iter" else "float32")
+        for name, shape in shapes.items()
     }

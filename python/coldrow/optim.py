@@ -150,9 +150,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                     continue
                 state = self.state[p] or init_state(update, p.shape[0], p.shape[1], p)
                 self.state[p] = state
-                scalars = [state[n] for n in update.state_names if n != "prev_iter"]
+                arrays = [state[n] for n in update.state_names if n != "prev_iter"]
                 prev_iter = state["prev_iter"]
-                steps.append(SparseStep(compiled(update), p, *rows, scalars, prev_iter, lr, key))
+                steps.append(SparseStep(compiled(update), p, *rows, arrays, prev_iter, lr, key))
         self.nonfinite_rows += apply_steps(
             steps, step=step, epoch_start=int(self._epoch_start), on_nonfinite=self.on_nonfinite
         )
@@ -194,7 +194,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if len(ids) == len(params):  # else torch says what is wrong
             for i, p in zip(ids, params, strict=True):
                 if i in saved["state"]:
-                    _check_state(saved["state"][i], updates[i], p.shape[0], clock)
+                    _check_state(saved["state"][i], updates[i], p, clock)
         super().load_state_dict(saved)
         # torch casts state to the parameter's dtype; ours has its own.
         for i, p in zip(ids, params, strict=True):
@@ -219,15 +219,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{k: self.__dict__[k] for k in own}}
 
 
-def _check_state(state: dict[str, Any], update: RowUpdate, rows: int, clock: int) -> None:
-    """Refuse saved state that is not that of ``update`` for a table of ``rows`` rows."""
-    if set(state) != set(update.state_names):
-        raise ValueError(f"state: got {sorted(state)}, accepted: {sorted(update.state_names)}")
+def _check_state(state: dict[str, Any], update: RowUpdate, weight: Tensor, clock: int) -> None:
+    """Refuse saved state that is not that of ``update`` for the table ``weight``."""
+    shapes = update.state_shapes(weight.shape[0], weight.shape[1])
+    if set(state) != set(shapes):
+        raise ValueError(f"state: got {sorted(state)}, accepted: {sorted(shapes)}")
     for name, value in state.items():
         want = torch.int32 if name == "prev_iter" else torch.float32
-        if value.shape != (rows,) or value.dtype != want:
+        shape = shapes[name]
+        if value.shape != shape or value.dtype != want:
             raise ValueError(
-                f"state {name}: got {value.dtype} {list(value.shape)}, accepted: {want} [{rows}]"
+                f"state {name}: got {value.dtype} {list(value.shape)}, accepted: {want} "
+                f"{list(shape)}"
             )
     low, high = int(state["prev_iter"].min()), int(state["prev_iter"].max())
     if low < 0 or high > clock:

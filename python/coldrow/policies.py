@@ -20,6 +20,9 @@ from typing import Any
 from coldrow import _core
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
     "Constant",
     "CumulativeLinear",
     "Decay",
@@ -30,13 +33,17 @@ __all__ = [
     "Nearest",
     "NoDecay",
     "Optimizer",
+    "PartialRowwiseAdam",
     "Rounding",
     "RowUpdate",
+    "RowwiseAdagrad",
     "RowwiseRMSprop",
     "Stochastic",
 ]
 
 _LARGEST_FLOAT32 = 3.4028234e38
+_SMALLEST_FLOAT32 = 1.17549435e-38  # the smallest normal one
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 def number(
@@ -79,9 +86,12 @@ class _Policy:
 
 
 class Optimizer(_Policy):
-    """Base class of optimizers."""
+    """Base class of optimizers. ``lr`` is the initial learning rate."""
 
     lr: float
+
+    def _native(self) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 class Decay(_Policy):
@@ -93,6 +103,26 @@ class Decay(_Policy):
 
 class Rounding(_Policy):
     """Base class of roundings: how a float32 result becomes a stored weight."""
+
+    def _native(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent, without state: ``w -= lr * g``.
+
+    Args:
+        lr: learning rate, >= 0.
+    """
+
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        self._check("lr")
+
+    def _native(self) -> dict[str, Any]:
+        return {"optimizer": "sgd"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +145,134 @@ class RowwiseRMSprop(Optimizer):
         self._check("lr")
         self._check("eps")
         self._check("ema_beta", high=1.0)
+
+    def _native(self) -> dict[str, Any]:
+        return {"optimizer": "rowwise_rmsprop", "eps": self.eps, "beta1": self.ema_beta}
+
+
+@dataclass(frozen=True)
+class RowwiseAdagrad(Optimizer):
+    """Row-wise Adagrad: one float32 sum of squares (``momentum1``) per row.
+
+    ``v += mean(g**2)``, ``w -= lr / (sqrt(v) + eps) * g``; FBGEMM's EXACT_ROWWISE_ADAGRAD.
+
+    Args:
+        lr: learning rate, >= 0.
+        eps: added to the square root, >= 0.
+    """
+
+    lr: float = 0.01
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        self._check("lr")
+        self._check("eps")
+
+    def _native(self) -> dict[str, Any]:
+        return {"optimizer": "rowwise_adagrad", "eps": self.eps}
+
+
+@dataclass(frozen=True)
+class Adagrad(Optimizer):
+    """Adagrad: one float32 sum of squares (``momentum1``) per element.
+
+    ``v += g**2``, ``w -= lr * g / (sqrt(v) + eps)``; as torch.optim.Adagrad. With a decay it is the
+    AdagradAR of Li & Lyu.
+
+    Args:
+        lr: learning rate, >= 0.
+        eps: added to the square root, > 0 (a normal float32).
+    """
+
+    lr: float = 0.01
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        self._check("lr")
+        self._check("eps", low=_SMALLEST_FLOAT32)
+
+    def _native(self) -> dict[str, Any]:
+        return {"optimizer": "adagrad", "eps": self.eps}
+
+
+class _Adam(Optimizer):
+    """What the two Adams have in common."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    bias_correction: str
+    _name: str
+
+    def __post_init__(self) -> None:
+        self._check("lr")
+        self._check("beta1", high=_BELOW_ONE)
+        self._check("beta2", high=_BELOW_ONE)
+        self._check("eps", low=_SMALLEST_FLOAT32)
+        if self.bias_correction not in ("clock", "row"):
+            raise ValueError(
+                f"bias_correction: got {self.bias_correction!r}, accepted: 'clock', 'row'"
+            )
+
+    def _native(self) -> dict[str, Any]:
+        by_touches = "_by_touches" if self.bias_correction == "row" else ""
+        return {
+            "optimizer": self._name + by_touches,
+            "eps": self.eps,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+        }
+
+
+@dataclass(frozen=True)
+class Adam(_Adam):
+    """Adam: two float32 moments (``momentum1``, ``momentum2``) per element.
+
+    ``m = beta1*m + (1-beta1)*g``, ``v = beta2*v + (1-beta2)*g**2``,
+    ``w -= lr * (m / (1-beta1**n)) / (sqrt(v / (1-beta2**n)) + eps)``. Moments age only when the row is
+    touched, as with torch.optim.SparseAdam. With a decay it is the AdamAR of Li & Lyu.
+
+    Args:
+        lr: learning rate, >= 0.
+        beta1: in [0, 1).
+        beta2: in [0, 1).
+        eps: added to the square root, > 0 (a normal float32).
+        bias_correction: what n counts: "clock", the optimizer's steps (torch, FBGEMM), or "row", the
+            row's own touches (one more float32 per row, ``touches``).
+    """
+
+    lr: float = 0.001
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    bias_correction: str = "clock"
+
+    _name = "adam"
+
+
+@dataclass(frozen=True)
+class PartialRowwiseAdam(_Adam):
+    """Adam with one second moment (``momentum2``) per row; FBGEMM's PARTIAL_ROWWISE_ADAM.
+
+    ``m = beta1*m + (1-beta1)*g``, ``v = beta2*v + (1-beta2)*mean(g**2)``,
+    ``w -= lr * (m / (1-beta1**n)) / (sqrt(v / (1-beta2**n)) + eps)``. Moments age only when the row is
+    touched.
+
+    Args:
+        lr: learning rate, >= 0.
+        beta1: in [0, 1).
+        beta2: in [0, 1).
+        eps: added to the square root, > 0 (a normal float32).
+        bias_correction: as for :class:`Adam`.
+    """
+
+    lr: float = 0.001
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    bias_correction: str = "clock"
+
+    _name = "partial_rowwise_adam"
 
 
 @dataclass(frozen=True)
@@ -277,6 +435,9 @@ class Nearest(Rounding):
     same weight. Use :class:`Stochastic` there.
     """
 
+    def _native(self) -> dict[str, Any]:
+        return {"rounding": "nearest"}
+
 
 @dataclass(frozen=True)
 class Stochastic(Rounding):
@@ -298,6 +459,9 @@ class Stochastic(Rounding):
         if not 0 <= self.seed < 2**64:
             raise ValueError(error)
         object.__setattr__(self, "seed", int(self.seed))
+
+    def _native(self) -> dict[str, Any]:
+        return {"rounding": "stochastic", "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -324,18 +488,27 @@ class RowUpdate:
                 raise TypeError(
                     f"{name}: got {given!r}, accepted: an instance of coldrow.{kind.__name__}"
                 )
-        if type(self.decay)._native is Decay._native:
-            raise TypeError(
-                f"decay: got {self.decay!r}, accepted: one of coldrow's decays (a subclass in Python "
-                "has no kernel)"
-            )
+            if type(given)._native is kind._native:
+                raise TypeError(
+                    f"{name}: got {given!r}, accepted: one of coldrow's or one made by coldrow.jit "
+                    "(a subclass in Python has no kernel)"
+                )
         if not isinstance(self.decay_state, bool):
             raise TypeError(f"decay_state: got {self.decay_state!r}, accepted: True or False")
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the state arrays this update needs: prev_iter and the optimizer's."""
-        return ("prev_iter", *compiled(self).scalar_states)
+        native = compiled(self)
+        return ("prev_iter", *native.scalar_states, *native.vector_states)
+
+    def state_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each state array: ``(num_rows,)``, or ``(num_rows, dim)``."""
+        by_element = compiled(self).vector_states
+        return {
+            name: (num_rows, dim) if name in by_element else (num_rows,)
+            for name in self.state_names
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the composition as plain values (for checkpoints)."""
@@ -398,24 +571,9 @@ def _repr_given(policy: Any) -> str:
 @functools.lru_cache(maxsize=1024)
 def compiled(update: RowUpdate) -> _core.Update:
     """Return the compiled form of an update (cached by value)."""
-    optimizer = update.optimizer
-    if not isinstance(optimizer, RowwiseRMSprop):
-        raise TypeError(f"optimizer: got {optimizer!r}, accepted: RowwiseRMSprop")
-    decay = {
-        "epoch_gated": False,
-        "alpha": 0.0,
-        "min_shrinkage": 0.0,
-        "weight_decay": 0.0,
-        "half_life": 0.0,
-        **update.decay._native(),
-    }
-    stochastic = isinstance(update.rounding, Stochastic)
     return _core.Update(
-        optimizer="rowwise_rmsprop",
-        eps=optimizer.eps,
-        ema_beta=optimizer.ema_beta,
-        **decay,
-        rounding="stochastic" if stochastic else "nearest",
-        seed=update.rounding.seed if isinstance(update.rounding, Stochastic) else 0,
+        **update.optimizer._native(),
+        **update.decay._native(),
+        **update.rounding._native(),
         decay_state=update.decay_state,
     )

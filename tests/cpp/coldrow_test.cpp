@@ -63,7 +63,7 @@ double worst_difference(int dim, int steps) {
     const std::int64_t base = 0;
     std::vector<host::PlainEntry> entries(kBatch), other(kBatch);
     std::vector<std::uint32_t> counts(host::kDigits);
-    std::vector<float> scratch((d + 15) / 16 * 16);
+    std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(static_cast<int>(d))));
     host::make_entries(batch, &base, 1, entries.data());
     const auto* sorted =
         host::sort_entries(entries.data(), other.data(), kBatch, 5, 1, counts.data());

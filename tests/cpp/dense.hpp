@@ -38,7 +38,7 @@ struct DenseTable {
         double mean_square = 0.0;
         for (const double x : g) mean_square += x * x / static_cast<double>(dim);
         double& v = momentum1[r];
-        v = update.optimizer.ema_beta * v + (1.0 - update.optimizer.ema_beta) * mean_square;
+        v = update.optimizer.beta1 * v + (1.0 - update.optimizer.beta1) * mean_square;
         multiplier = lr / (std::sqrt(v) + update.optimizer.eps);
       }
       for (std::size_t d = 0; d < g.size(); ++d) {

@@ -17,7 +17,7 @@ TEST(Reference, OneStepByHand) {
   // Row 1 twice: its gradients sum to (6, 2), mean square 20, v' = 0.75 * 20 + 0.25 * 20 = 20.
   const std::vector<double> grad = {4.0, 0.0, 2.0, 2.0};
   const std::vector<std::int64_t> indices = {1, 1};
-  reference::apply(update, weight.data(), 2, momentum1.data(), prev_iter.data(), grad.data(),
+  reference::apply(update, weight.data(), 2, {prev_iter.data(), momentum1.data()}, grad.data(),
                    indices.data(), 2, 5, 1.0, 0);
   EXPECT_EQ(momentum1, (std::vector<double>{0.0, 20.0}));
   EXPECT_EQ(prev_iter, (std::vector<std::int64_t>{0, 5}));
@@ -70,7 +70,7 @@ TEST(Reference, LazyDecayIsTheDenseLoop) {
     }
     const std::vector<std::int64_t> batch = {random.below(kRows), random.below(2)};
     std::vector<double> grad = values_of(random.numbers<float>(2 * kDim));
-    reference::apply(update, weight.data(), kDim, momentum1.data(), prev_iter.data(), grad.data(),
+    reference::apply(update, weight.data(), kDim, {prev_iter.data(), momentum1.data()}, grad.data(),
                      batch.data(), 2, step, kLr, 0);
     dense.step(batch, grad, update, kLr);
   }

@@ -17,8 +17,11 @@ class Reference:
     def __init__(self, update: coldrow.RowUpdate, weight: np.ndarray) -> None:
         self.update = compiled(update)
         self.weight = np.array(weight, dtype=np.float64)
-        self.momentum1 = np.zeros(len(weight))
-        self.prev_iter = np.zeros(len(weight), dtype=np.int64)
+        self.state = {
+            name: np.zeros(shape, dtype=np.int64 if name == "prev_iter" else np.float64)
+            for name, shape in update.state_shapes(*self.weight.shape).items()
+        }
+        self.prev_iter = self.state["prev_iter"]
 
     def apply(self, grad, indices, *, step: int, lr: float, epoch_start: int = 0) -> None:
         """One step: grad [n, D], indices [n]; duplicates are summed first."""
@@ -27,8 +30,7 @@ class Reference:
             self.weight,
             np.ascontiguousarray(grad, dtype=np.float64),
             np.ascontiguousarray(indices, dtype=np.int64),
-            self.momentum1,
-            self.prev_iter,
+            self.state,
             step,
             lr,
             epoch_start,

@@ -545,7 +545,7 @@ POLICIES = {
         TypeError,
         lambda: c.RowUpdate(decay_state="yes"),
     ),
-    "policy: got 'Sgd' ... accepted: RowUpdate, RowwiseRMSprop": (
+    "policy: got 'Sgd' ... accepted: RowUpdate, SGD, RowwiseRMSprop": (
         ValueError,
         lambda: c.RowUpdate.from_dict({"policy": "Sgd"}),
     ),

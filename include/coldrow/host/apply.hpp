@@ -98,62 +98,128 @@ struct ApplyReport {
   }
 };
 
-// Runs of one table: sorted[lo, hi), keys counted from `base`. sum(run, count) gives the summed
-// gradient, prefetch_gradient(entry) fetches one that will be needed.
-template <class Update, class Entry, class Sum, class PrefetchGradient>
-ApplyReport apply_runs(
-    const Update& update,
-    const Table<typename Update::weight_type, typename Update::optimizer_type>& table,
-    const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, Pass pass,
-    const Sum& sum, const PrefetchGradient& prefetch_gradient) {
+// A touched row and its summed gradient, [dim].
+struct RowGradient {
+  std::int64_t row;
+  const float* grad;
+};
+
+// Updates rows, no row twice, or with Pass::check finds what would have to be refused.
+template <class Update>
+void update_rows(const Update& update,
+                 const Table<typename Update::weight_type, typename Update::optimizer_type>& table,
+                 Pass pass, const RowGradient* rows, int count, ApplyReport& report) {
   const Serial group;
-  const std::size_t row_bytes = sizeof(*table.weight) * static_cast<std::size_t>(table.dim);
-  const auto fetch = [&](std::int64_t i) {
-    prefetch_gradient(sorted[i]);
-    if (i > lo && sorted[i].key == sorted[i - 1].key) return;
-    const auto row = table.row(static_cast<std::int64_t>(sorted[i].key) - base);
-    prefetch_to_write(row.weight, row_bytes);
-    prefetch_to_write(row.prev_iter, 1);
-    for (int s = 0; s < Update::optimizer_type::scalar_states; ++s) {
-      prefetch_to_write(row.scalars[s], 1);
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t r = rows[i].row;
+    const auto row = table.row(r);
+    if (pass == Pass::check && *row.prev_iter >= update.step) report.stale.add(r);
+    const bool finite = pass == Pass::check
+                            ? update.finite(group, row, rows[i].grad, table.dim)
+                            : update(group, row, rows[i].grad, table.dim, table.key(r));
+    if (!finite) report.nonfinite.add(r);
+  }
+}
+
+// Where the rows of a table and their state lie, for prefetching alone.
+class RowMemory {
+ public:
+  void add(const void* data, std::int64_t stride_bytes, std::size_t bytes) {
+    for (int i = 0; i < count_; ++i) {  // of one record: fetched with what was added before
+      const auto apart = static_cast<const char*>(data) - parts_[i].data;
+      if (stride_bytes == parts_[i].stride && apart > -64 && apart < 64) return;
     }
-    for (int s = 0; s < Update::optimizer_type::vector_states; ++s) {
-      prefetch_to_write(row.vectors[s], sizeof(float) * static_cast<std::size_t>(table.dim));
+    if (count_ < kParts) parts_[count_++] = {static_cast<const char*>(data), stride_bytes, bytes};
+  }
+  void fetch(std::int64_t row) const {
+    for (int i = 0; i < count_; ++i) {
+      prefetch_to_write(parts_[i].data + row * parts_[i].stride, parts_[i].bytes);
     }
+  }
+
+  template <Numeric Weight, OptimizerPolicy Optimizer>
+  static RowMemory of(const Table<Weight, Optimizer>& t) {
+    const auto dim = static_cast<std::size_t>(t.dim);
+    RowMemory m;
+    m.add(t.weight, static_cast<std::int64_t>(dim * sizeof(Weight)), dim * sizeof(Weight));
+    m.add(t.prev_iter.data, t.prev_iter.stride * 4, 4);
+    for (int s = 0; s < Optimizer::scalar_states; ++s) {
+      m.add(t.scalars[s].data, t.scalars[s].stride * 4, 4);
+    }
+    for (int s = 0; s < Optimizer::vector_states; ++s) {
+      m.add(t.vectors[s], static_cast<std::int64_t>(dim * 4), dim * 4);
+    }
+    return m;
+  }
+
+ private:
+  static constexpr int kParts = 8;
+  struct Part {
+    const char* data;
+    std::int64_t stride;
+    std::size_t bytes;
+  } parts_[kParts];
+  int count_ = 0;
+};
+
+// Rows are updated a few at a time, so that the driver need not be compiled for every update:
+// their summed gradients wait in a scratch area that stays in the first-level cache.
+inline constexpr int kChunkRows = 16;
+inline constexpr int kChunkFloats = 4096;
+
+inline int chunk_rows(int dim) { return max_of(1, min_of(kChunkRows, kChunkFloats / (dim + 15))); }
+// Floats of scratch that apply_runs() needs.
+inline std::int64_t scratch_floats(int dim) {
+  return static_cast<std::int64_t>(chunk_rows(dim)) * ((dim + 15) / 16 * 16);
+}
+
+// Runs of one table: sorted[lo, hi), keys counted from `base`. scratch: scratch_floats(dim).
+// rows(const RowGradient*, int count) takes the summed gradients, a few rows at a time.
+template <class Entry, Numeric Grad, class Rows>
+void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, int dim,
+                const GradientRows<Grad>& grads, const RowMemory& memory, float* scratch,
+                const Rows& rows) {
+  const std::size_t grad_bytes = sizeof(Grad) * static_cast<std::size_t>(dim);
+  const auto row_of = [&](std::int64_t i) {
+    return static_cast<std::int64_t>(sorted[i].key) - base;
   };
-  ApplyReport report;
+  const auto fetch = [&](std::int64_t i) {
+    prefetch(grads.row(sorted[i].out_row), grad_bytes);
+    if (i == lo || sorted[i].key != sorted[i - 1].key) memory.fetch(row_of(i));
+  };
+  RowGradient chunk[kChunkRows];
+  const int chunk_size = chunk_rows(dim);
+  const int stride = (dim + 15) / 16 * 16;
+  int waiting = 0;
   for (std::int64_t i = lo; i < min_of(hi, lo + kPrefetchDistance); ++i) fetch(i);
   for (std::int64_t i = lo, end; i < hi; i = end) {
     end = i + 1;
     while (end < hi && sorted[end].key == sorted[i].key) ++end;
     const std::int64_t ahead = min_of(hi, end + kPrefetchDistance);
     for (std::int64_t j = i + kPrefetchDistance; j < ahead; ++j) fetch(j);
-
-    const std::int64_t r = static_cast<std::int64_t>(sorted[i].key) - base;
-    const auto row = table.row(r);
-    const float* grad = sum(sorted + i, end - i);
-    if (pass == Pass::check && *row.prev_iter >= update.step) report.stale.add(r);
-    const bool finite = pass == Pass::check ? update.finite(group, row, grad, table.dim)
-                                            : update(group, row, grad, table.dim, table.key(r));
-    if (!finite) report.nonfinite.add(r);
+    chunk[waiting] = {row_of(i),
+                      sum_run(grads, sorted + i, end - i, dim, scratch + waiting * stride)};
+    if (++waiting == chunk_size) {
+      rows(chunk, waiting);
+      waiting = 0;
+    }
   }
-  return report;
+  if (waiting > 0) rows(chunk, waiting);
 }
 
-// The common case: one gradient type known at compile time.
+// The same for one update known at compile time.
 template <class Update, class Entry, Numeric Grad>
 ApplyReport apply_runs(
     const Update& update,
     const Table<typename Update::weight_type, typename Update::optimizer_type>& table,
     const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, Pass pass,
     const GradientRows<Grad>& grads, float* scratch) {
-  const std::size_t grad_bytes = sizeof(Grad) * static_cast<std::size_t>(table.dim);
-  return apply_runs(
-      update, table, sorted, lo, hi, base, pass,
-      [&](const Entry* run, std::int64_t count) {
-        return sum_run(grads, run, count, table.dim, scratch);
-      },
-      [&](const Entry& e) { prefetch(grads.row(e.out_row), grad_bytes); });
+  ApplyReport report;
+  apply_runs(sorted, lo, hi, base, table.dim, grads, RowMemory::of(table), scratch,
+             [&](const RowGradient* rows, int count) {
+               update_rows(update, table, pass, rows, count, report);
+             });
+  return report;
 }
 
 }  // namespace host

@@ -1,6 +1,6 @@
-// One type for every built-in decay, chosen at run time: what the Python module is compiled with,
-// so that decays do not multiply the number of kernels. One predictable branch per row; the
-// formulas are the policies' own.
+// One type for every built-in decay, and for those compiled at run time, chosen when it runs: what
+// the Python module is compiled with, so that decays do not multiply the number of kernels. One
+// predictable branch per row; the formulas are the policies' own.
 #pragma once
 
 #include "decay.hpp"
@@ -14,6 +14,38 @@ enum class DecayKind : std::int32_t {
   exponential,
   constant,
   epoch_reset,
+  external,
+};
+
+// A decay of which only functions are known: one compiled at run time.
+struct ExternalDecay {
+  static constexpr int capacity = 64;  // bytes of the prepared policy
+
+  void (*prepare)(const void* policy, std::int32_t step, double lr, std::int32_t epoch_start,
+                  void* prepared) = nullptr;
+  float (*factor)(const void* prepared, std::int32_t gap, float lr) = nullptr;
+  float (*first_touch)(const void* prepared, float lr) = nullptr;
+
+  template <DecayPolicy Decay>
+  static constexpr ExternalDecay of() {
+    using AtStep = Prepared<Decay>;
+    static_assert(sizeof(AtStep) <= capacity && alignof(AtStep) <= alignof(double),
+                  "a decay evaluated at run time has at most 64 bytes of fields once prepared");
+    ExternalDecay functions;
+    functions.prepare = [](const void* policy, std::int32_t step, double lr,
+                           std::int32_t epoch_start, void* prepared) {
+      const AtStep at_step =
+          coldrow::prepare(*static_cast<const Decay*>(policy), step, lr, epoch_start);
+      __builtin_memcpy(prepared, &at_step, sizeof at_step);
+    };
+    functions.factor = [](const void* prepared, std::int32_t gap, float lr) {
+      return (*static_cast<const AtStep*>(prepared))(gap, lr);
+    };
+    functions.first_touch = [](const void* prepared, float lr) {
+      return coldrow::first_touch(*static_cast<const AtStep*>(prepared), lr);
+    };
+    return functions;
+  }
 };
 
 struct AnyDecay {
@@ -23,6 +55,8 @@ struct AnyDecay {
   CumulativeLinear cumulative_linear{};
   Exponential exponential{};
   Constant constant{};
+  const ExternalDecay* external = nullptr;
+  const void* external_policy = nullptr;
 
   struct AtStep {
     DecayKind kind;
@@ -32,12 +66,18 @@ struct AnyDecay {
     CumulativeLinear cumulative_linear;
     ExponentialAtStep exponential;
     Constant constant;
+    const ExternalDecay* external;
+    alignas(double) unsigned char prepared[ExternalDecay::capacity];
 
     COLDROW_HD float operator()(std::int32_t gap, float lr) const {
       return epoch_gated && !gate.open(gap) ? 1.0f : ungated(gap, lr);
     }
     COLDROW_HD float first_touch(float lr) const {
-      return epoch_gated || kind == DecayKind::epoch_reset ? 1.0f : ungated(1, lr);
+      if (epoch_gated || kind == DecayKind::epoch_reset) return 1.0f;
+#if !defined(__CUDA_ARCH__)
+      if (kind == DecayKind::external) return external->first_touch(prepared, lr);
+#endif
+      return ungated(1, lr);
     }
 
    private:
@@ -53,6 +93,12 @@ struct AnyDecay {
           return constant(gap, lr);
         case DecayKind::epoch_reset:
           return EpochReset{gate}(gap, lr);
+        case DecayKind::external:
+#if defined(__CUDA_ARCH__)
+          return __builtin_nanf("");  // a host function: no row is touched by it
+#else
+          return external->factor(prepared, gap, lr);
+#endif
         case DecayKind::none:
           break;
       }
@@ -61,9 +107,15 @@ struct AnyDecay {
   };
 
   COLDROW_HD AtStep prepare(std::int32_t step, double lr, std::int32_t epoch_start) const {
-    return {kind,           epoch_gated,       EpochGate::at(step, epoch_start),
-            linear_clipped, cumulative_linear, exponential.prepare(step, lr, epoch_start),
-            constant};
+    AtStep out{kind,           epoch_gated,       EpochGate::at(step, epoch_start),
+               linear_clipped, cumulative_linear, exponential.prepare(step, lr, epoch_start),
+               constant,       external,          {}};
+#if !defined(__CUDA_ARCH__)
+    if (kind == DecayKind::external) {
+      external->prepare(external_policy, step, lr, epoch_start, out.prepared);
+    }
+#endif
+    return out;
   }
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
     return prepare(0, lr, 0)(gap, lr);

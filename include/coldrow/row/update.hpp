@@ -2,7 +2,7 @@
 //
 //     I         = t - prev_iter                                  (first touch: 1)
 //     shrink    = decay(I, lr)
-//     state'    = optimizer(state, mean_d(g^2))                  (decay_state: of shrink * state)
+//     state'    = optimizer(state, g, mean_d(g^2))               (decay_state: of shrink * state)
 //     w'        = round(shrink * w - element(g))                 (one fma per element)
 //     prev_iter = t
 //
@@ -68,7 +68,7 @@ struct RowUpdate {
   using optimizer_type = Optimizer;
   using RowType = Row<Weight, Optimizer>;
 
-  Optimizer optimizer{};
+  PreparedOptimizer<Optimizer> optimizer;
   Prepared<Decay> decay{};
   Rounding rounding{};
   float lr = 0.0f;
@@ -76,13 +76,17 @@ struct RowUpdate {
   bool decay_state = false;
   OnNonfinite on_nonfinite = OnNonfinite::skip;
 
-  // The update of one step. lr is rounded to float32 for the arithmetic; `decay` is prepared here.
-  static RowUpdate at(std::int32_t step, double lr, const Optimizer& optimizer = {},
-                      const Decay& decay = {}, const Rounding& rounding = {},
-                      bool decay_state = false, std::int32_t epoch_start = 0) {
-    return {optimizer, prepare(decay, step, lr, epoch_start),
-            rounding,  static_cast<float>(lr),
-            step,      decay_state};
+  // The update of one step. lr is rounded to float32 for the arithmetic; the policies are prepared
+  // here.
+  static COLDROW_HD RowUpdate at(std::int32_t step, double lr, const Optimizer& optimizer = {},
+                                 const Decay& decay = {}, const Rounding& rounding = {},
+                                 bool decay_state = false, std::int32_t epoch_start = 0) {
+    return {coldrow::prepare(optimizer, step, lr),
+            coldrow::prepare(decay, step, lr, epoch_start),
+            rounding,
+            static_cast<float>(lr),
+            step,
+            decay_state};
   }
 
   // Would this row be updated with finite numbers? Writes nothing.
@@ -112,7 +116,8 @@ struct RowUpdate {
   }
 
  private:
-  using RowStep = decltype(std::declval<const Optimizer&>().row(static_cast<float*>(nullptr), 0.0f,
+  using Evaluated = PreparedOptimizer<Optimizer>;
+  using RowStep = decltype(std::declval<const Evaluated&>().row(static_cast<float*>(nullptr), 0.0f,
                                                                 0.0f, std::int32_t{}));
 
   struct Plan {
@@ -123,20 +128,51 @@ struct RowUpdate {
     bool finite;
   };
 
+  template <int N, class T>
+  static COLDROW_INLINE void get(const T* source, int count, float (&out)[N]) {
+    Lanes<N> lanes;
+    if (count == N) {
+      load(lanes, source);
+    } else {
+      load_partial(lanes, source, count);
+    }
+    to_array(lanes, out);
+  }
+
+  // What the optimizer makes of N columns: amounts to subtract, and the element-wise state.
+  template <int N>
+  struct Elements {
+    float amount[N];
+    float vectors[RowType::kVectors][N];
+  };
+
   // Columns [c, c + count) of the row; count is N but at the end of the row.
+  template <int N>
+  COLDROW_INLINE void elements(const Plan& p, const RowType& row, const Grad* grad, int c,
+                               int count, Elements<N>& e) const {
+    get(grad + c, count, e.amount);
+    for (int s = 0; s < Optimizer::vector_states; ++s) get(row.vectors[s] + c, count, e.vectors[s]);
+    COLDROW_LANES
+    for (int k = 0; k < N; ++k) {
+      float state[RowType::kVectors];
+      for (int s = 0; s < Optimizer::vector_states; ++s)
+        state[s] = p.shrink_state * e.vectors[s][k];
+      e.amount[k] = optimizer.element(p.row, e.amount[k], state);
+      for (int s = 0; s < Optimizer::vector_states; ++s) e.vectors[s][k] = state[s];
+    }
+  }
+
   template <int N>
   COLDROW_INLINE void columns(const Plan& p, const RowType& row, const Grad* grad, int c, int count,
                               const ElementKey& key) const {
-    const auto get = [&](const auto* source, float (&out)[N]) {
-      Lanes<N> lanes;
-      if (count == N) {
-        load(lanes, source + c);
-      } else {
-        load_partial(lanes, source + c, count);
-      }
-      to_array(lanes, out);
-    };
+    Elements<N> e;
+    elements(p, row, grad, c, count, e);
+    float w[N];
+    get(row.weight + c, count, w);
+    COLDROW_LANES
+    for (int k = 0; k < N; ++k) w[k] = math::fma(p.shrink, w[k], -e.amount[k]);
     std::uint32_t random16[N] = {};
+    if constexpr (Rounding::needs_random) rounding.template random<N>(key, c, random16);
     const auto put = [&](const float (&x)[N], const auto& how, auto* target) {
       if (count == N) {
         store(x, how, random16, target + c);
@@ -144,20 +180,27 @@ struct RowUpdate {
         store_partial(x, how, random16, target + c, count);
       }
     };
-    float w[N], g[N], vectors[RowType::kVectors][N] = {};
-    get(row.weight, w);
-    get(grad, g);
-    for (int s = 0; s < Optimizer::vector_states; ++s) get(row.vectors[s], vectors[s]);
-    if constexpr (Rounding::needs_random) rounding.template random<N>(key, c, random16);
-    COLDROW_LANES
-    for (int k = 0; k < N; ++k) {
-      float state[RowType::kVectors];
-      for (int s = 0; s < Optimizer::vector_states; ++s) state[s] = p.shrink_state * vectors[s][k];
-      w[k] = math::fma(p.shrink, w[k], -optimizer.element(p.row, g[k], state));
-      for (int s = 0; s < Optimizer::vector_states; ++s) vectors[s][k] = state[s];
-    }
     put(w, rounding, row.weight);
-    for (int s = 0; s < Optimizer::vector_states; ++s) put(vectors[s], Nearest{}, row.vectors[s]);
+    for (int s = 0; s < Optimizer::vector_states; ++s) put(e.vectors[s], Nearest{}, row.vectors[s]);
+  }
+
+  // Whether every element would come out finite, for optimizers that do not promise it.
+  template <Group G>
+  COLDROW_HD bool finite_elements(const G& group, const Plan& p, const RowType& row,
+                                  const Grad* grad, int dim) const {
+    constexpr int N = G::block;
+    bool finite = true;
+    for (int c = group.rank() * N; c < dim; c += group.size() * N) {
+      const int count = min_of(N, dim - c);
+      Elements<N> e;
+      elements(p, row, grad, c, count, e);
+      for (int k = 0; k < count; ++k) {
+        finite = finite && is_finite(e.amount[k]);
+        for (int s = 0; s < Optimizer::vector_states; ++s)
+          finite = finite && is_finite(e.vectors[s][k]);
+      }
+    }
+    return group.sum(finite ? 0.0f : 1.0f) == 0.0f;
   }
 
   template <Group G>
@@ -190,6 +233,9 @@ struct RowUpdate {
 
     Plan p{shrink, shrink_state, {}, row_step, finite};
     for (int s = 0; s < Optimizer::scalar_states; ++s) p.scalars[s] = scalars[s];
+    if constexpr (!kElementsFinite<Evaluated>) {
+      p.finite = p.finite && finite_elements(group, p, row, grad, dim);
+    }
     return p;
   }
 };

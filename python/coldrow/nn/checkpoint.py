@@ -1,11 +1,11 @@
 """What a module's ``state_dict`` holds, and how it is loaded: all of it, or nothing.
 
-Beside ``weights.<table>`` there are ``state.<table>.prev_iter``, ``state.<table>.momentum1`` (contiguous
-copies), ``clock``, ``epoch_start``, ``lr`` (float64, one per param group) and, as ``_extra_state``, the
-policies as plain values. A checkpoint whose shapes, dtypes or policies differ is refused. Other policies
-are accepted, and the module's own stay, with ``load_state_dict(..., strict=False)`` on the module itself
-or, inside a larger model (torch does not tell its parts about ``strict``), with
-``module.strict_policies = False``.
+Beside ``weights.<table>`` there are ``state.<table>.prev_iter`` and the optimizer's arrays, such as
+``state.<table>.momentum1`` (contiguous copies), ``clock``, ``epoch_start``, ``lr`` (float64, one per param
+group) and, as ``_extra_state``, the policies as plain values. A checkpoint whose shapes, dtypes or
+policies differ is refused. Other policies are accepted, and the module's own stay, with
+``load_state_dict(..., strict=False)`` on the module itself or, inside a larger model (torch does not tell
+its parts about ``strict``), with ``module.strict_policies = False``.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.weights = Weights(parameters)
         self._updates = [t.update or update for t in tables]
         self._state = [
-            State(t.num_rows, u.state_names, state_layout, device)
+            State(u.state_shapes(t.num_rows, t.dim), state_layout, device)
             for t, u in zip(tables, self._updates, strict=True)
         ]
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
@@ -173,7 +173,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         views = [s.views() for s in self._state]
         self._state_views = dict(zip(names, views, strict=True))
         self._prev_iters = [v["prev_iter"] for v in views]
-        self._scalars = [
+        self._optimizer_states = [
             [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
         ]
         self._generation += 1
@@ -504,7 +504,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         step = self._next_step()
         self.nonfinite_rows += self._native.update(
             self._parameters_list,
-            self._scalars,
+            self._optimizer_states,
             self._prev_iters,
             self._compiled,
             self._lrs(),
@@ -568,7 +568,7 @@ class TableBatchedEmbeddingBags(nn.Module):
                         self._compiled[i],
                         p,
                         *rows,
-                        self._scalars[i],
+                        self._optimizer_states[i],
                         self._prev_iters[i],
                         lrs[i],
                         self._keys[i],
@@ -589,7 +589,10 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Live, writable views of the optimizer state: ``state["user"]["momentum1"]``, ``[rows]``."""
+        """Live, writable views of the optimizer state: ``state["user"]["momentum1"]``.
+
+        ``[rows]`` each, or ``[rows, dim]`` where the optimizer's state is element-wise.
+        """
         return self._state_views
 
     def _rows(self, table: int, rows: Tensor | Sequence[int] | None) -> Tensor:
@@ -715,7 +718,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             "_parameters_list",
             "_state_views",
             "_prev_iters",
-            "_scalars",
+            "_optimizer_states",
             "_outstanding",
             "_optimizer",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,27 +100,36 @@ class Weights(nn.Module):
 class State:
     """Optimizer state of one table, kept as int32 memory that no dtype conversion touches.
 
-    layout "record": one ``[rows, 1 + scalars]`` array, so that prev_iter and momentum1 of a row share
-    a cache line; "split": one array each.
+    What a row has one value of lies, with layout "record", in one ``[rows, n]`` array, so that prev_iter
+    and momentum1 of a row share a cache line; with "split" in one array each. Element-wise state is
+    ``[rows, dim]`` each.
     """
 
-    def __init__(self, rows: int, names: Sequence[str], layout: str, device: torch.device) -> None:
-        self.names = tuple(names)  # prev_iter first
-        shape = (rows, len(self.names))
-        self.memory = (
-            [torch.zeros(shape, dtype=torch.int32, device=device)]
-            if layout == "record"
-            else [torch.zeros(rows, dtype=torch.int32, device=device) for _ in self.names]
-        )
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], layout: str, device: torch.device
+    ) -> None:
+        self.names = tuple(shapes)  # prev_iter first, then as the kernels take them
+        self._by_row = [name for name, shape in shapes.items() if len(shape) == 1]
+        self._by_element = [name for name, shape in shapes.items() if len(shape) == 2]
+        self._record = layout == "record"
+        rows = shapes["prev_iter"][0]
+        by_row: list[tuple[int, ...]] = [(rows,)] * len(self._by_row)
+        if self._record:
+            by_row = [(rows, len(self._by_row))]
+        self.memory = [
+            torch.zeros(shape, dtype=torch.int32, device=device)
+            for shape in (*by_row, *(shapes[name] for name in self._by_element))
+        ]
 
     def views(self) -> dict[str, Tensor]:
-        """Live views by name: prev_iter int32, the others float32, ``[rows]`` each."""
-        columns = list(self.memory[0].unbind(1)) if len(self.memory) == 1 else self.memory
-        if len(self.names) == 1:
-            columns = [self.memory[0].reshape(-1)]
+        """Live views by name: prev_iter int32, the others float32."""
+        by_row, rest = self.memory[: len(self._by_row)], self.memory[len(self._by_row) :]
+        if self._record:
+            by_row, rest = list(self.memory[0].unbind(1)), self.memory[1:]
+        named = dict(zip((*self._by_row, *self._by_element), (*by_row, *rest), strict=True))
         return {
-            name: column if name == "prev_iter" else column.view(torch.float32)
-            for name, column in zip(self.names, columns, strict=True)
+            name: named[name] if name == "prev_iter" else named[name].view(torch.float32)
+            for name in self.names
         }
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:

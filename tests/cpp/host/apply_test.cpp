@@ -79,7 +79,7 @@ std::vector<ApplyReport> apply_batch(const Update& update, std::vector<OwnedTabl
                                        key_below(base + batch.spec.rows[t]));
       if (lo >= hi) continue;
       const GradientRows<G> rows{grad.data(), features.data(), static_cast<int>(features.size())};
-      std::vector<float> scratch(static_cast<std::size_t>((tables[t].dim + 15) / 16 * 16));
+      std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(tables[t].dim)));
       by_part[static_cast<std::size_t>(part)][t] = host::apply_runs(
           update, tables[t].view(), sorted, lo, hi, base, pass, rows, scratch.data());
     }
@@ -134,8 +134,9 @@ void follow_reference(const BatchSpec& spec, const DecayCase& decay, bool decay_
         v.push_back(value_of(record.momentum1));
         prev.push_back(record.prev_iter);
       }
-      reference::apply(expected, w.data(), dim, v.data(), prev.data(), grads.data(), indices.data(),
-                       static_cast<std::int64_t>(indices.size()), step, kLr, epoch_start);
+      reference::apply(expected, w.data(), dim, {prev.data(), v.data()}, grads.data(),
+                       indices.data(), static_cast<std::int64_t>(indices.size()), step, kLr,
+                       epoch_start);
       for (std::size_t r = 0; r < prev.size(); ++r) {
         const auto& record = tables[t].records[r];
         ASSERT_EQ(record.prev_iter, prev[r]) << "table " << t << ", row " << r;

@@ -61,7 +61,7 @@ void follow_reference(const DecayCase& decay, int dim, bool decay_state, Random&
     double v = value_of(row.momentum1);
     std::int64_t prev = row.prev_iter;
     const std::int64_t index = 0;
-    reference::apply(expected, w.data(), dim, &v, &prev, g.data(), &index, 1, step, kLr,
+    reference::apply(expected, w.data(), dim, {&prev, &v}, g.data(), &index, 1, step, kLr,
                      epoch_start);
 
     const auto update = Update<W, G, AnyDecay>::at(step, kLr, kOptimizer, decay.policy, {},
