@@ -4,6 +4,7 @@
     python examples/train_ctr.py --data ml-small
     python examples/train_ctr.py --dtype bf16 --rounding stochastic
     python examples/train_ctr.py --data criteo:train.txt --arms none,gated --epochs 2 --seeds 1
+    python examples/train_ctr.py --decay my_decay.hpp --decay-params half_life=0.1ep   # one of yours
 
 A model with many rare ids overfits when it sees its data a second time: an id that occurs once an
 epoch finds its own old label in its row. This script trains the same model six times, differing
@@ -46,6 +47,39 @@ SELECTION_SEED = 0  # hyper-parameters are picked with this one, and it is not r
 
 
 @dataclass(frozen=True)
+class OwnDecay:
+    """A decay of the user's own: a struct in a header, and values of its fields.
+
+    A value is a number and whether it counts epochs instead of steps.
+    """
+
+    header: str
+    struct: str
+    params: tuple[tuple[str, float, bool], ...]
+    charge: str
+    gated: bool
+
+    def decay(self, steps_per_epoch: int) -> Any:
+        """Compile it, or find it compiled."""
+        values = {
+            name: value * steps_per_epoch if epochs else value
+            for name, value, epochs in self.params
+        }
+        decay = coldrow.jit.decay(self.struct, Path(self.header), **values)
+        return coldrow.EpochGated(decay) if self.gated else decay
+
+    def arm(self) -> Arm:
+        """Return it as an arm of the comparison."""
+        return Arm(
+            self.struct,
+            self.charge,
+            lambda value, lr, steps: self.decay(steps),
+            setting="{decay!r}",
+            decay_state=self.gated,
+        )
+
+
+@dataclass(frozen=True)
 class Options:
     """What all runs have in common."""
 
@@ -55,6 +89,11 @@ class Options:
     dim: int = 16
     dtype: str = "fp32"
     rounding: str = "nearest"
+    own: OwnDecay | None = None  # the arm "own"
+
+    def arm(self, key: str) -> Arm:
+        """Return an arm by its name."""
+        return self.own.arm() if key == "own" and self.own is not None else ARMS[key]
 
 
 @dataclass(frozen=True)
@@ -213,7 +252,7 @@ def train(job: Job, source: ctr_data.Source, options: Options, tick: Callable[[i
     """Train one model and evaluate it after each epoch; ``tick(n)`` reports n more steps."""
     torch.set_num_threads(1)  # runs go side by side instead: the batches are too small to share
     torch.manual_seed(job.seed)
-    arm = ARMS[job.arm]
+    arm = options.arm(job.arm)
     steps = source.steps_per_epoch(options.batch_size)
     stochastic = options.rounding == "stochastic"
     update = coldrow.RowUpdate(
@@ -333,7 +372,7 @@ class Runner:
 
 def describe(job: Job, options: Options, source: ctr_data.Source) -> str:
     """Name a run."""
-    arm = ARMS[job.arm]
+    arm = options.arm(job.arm)
     steps = source.steps_per_epoch(options.batch_size)
     setting = f", {arm.spell(job.value, options.lr, steps)}" if arm.grid else ""
     return f"{arm.title}{setting}, seed {job.seed}"
@@ -372,7 +411,7 @@ def compare(
 ) -> list[Result]:
     """Pick on validation what has to be picked, then train each arm with ``seeds`` seeds."""
     steps = source.steps_per_epoch(options.batch_size)
-    grids = {key: ARMS[key].grid[:tries] for key in keys}
+    grids = {key: options.arm(key).grid[:tries] for key in keys}
     trials = [
         Job(key, value, SELECTION_SEED, "valid")
         for key, grid in grids.items()
@@ -393,7 +432,7 @@ def compare(
         curves = runner.run(jobs, "test")
     results = []
     for key in keys:
-        arm = ARMS[key]
+        arm = options.arm(key)
         ended = [curves[job] for job in jobs if job.arm == key]
         tried = {
             arm.spell(job.value, options.lr, steps): scores[job] for job in trials if job.arm == key
@@ -568,6 +607,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of 16-bit rows")
     add("--quick", action="store_true", help="2 epochs, 1 seed, 10,000 examples: does it run?")
     add("--out", type=Path, default=Path("build/demo"), help="folder for the plot and the numbers")
+    own = parser.add_argument_group("a decay of your own (adds the arm 'own')").add_argument
+    own(
+        "--decay",
+        metavar="HEADER[:STRUCT]",
+        help="header that defines it; the struct is named as the file: my_decay.hpp, MyDecay",
+    )
+    own(
+        "--decay-params",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="its fields; a value in epochs ends in ep: half_life=0.1ep",
+    )
+    own("--decay-charge", choices=("read", "touch"), default="read", help="when it is charged")
+    own("--decay-gated", action="store_true", help="EpochGated, with decay_state")
     files = parser.add_argument_group("RecBole files").add_argument
     files("--label", help="column to learn from; label if there is one, else rating")
     files("--threshold", type=float, help="positive from here on; 0.5 for a 0/1 column, else 4")
@@ -577,8 +631,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     criteo("--hash-rows", type=positive, default=100_000, help="rows per table of hashed ids")
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
-    if unknown := [key for key in args.arms if key not in ARMS]:
-        parser.error(f"--arms: no {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    args.own = None
+    if args.decay:
+        args.own = own_decay(parser, args)
+        args.arms += [] if "own" in args.arms else ["own"]
+    elif args.decay_params:
+        parser.error("--decay-params is for --decay")
+    there = [*ARMS, "own"] if args.own else list(ARMS)
+    if unknown := [key for key in args.arms if key not in there]:
+        parser.error(f"--arms: no {', '.join(unknown)}; there are {', '.join(there)}")
     if args.rounding == "stochastic" and args.dtype == "fp32":
         parser.error("--rounding stochastic is for 16-bit rows: add --dtype bf16 or --dtype fp16")
     if bad := [pair for pair in args.cross if pair.count(":") != 1]:
@@ -588,6 +649,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is for RecBole files, not for --data {args.data}")
     return args
+
+
+def own_decay(parser: argparse.ArgumentParser, args: argparse.Namespace) -> OwnDecay:
+    """Read what describes a decay of the user's own."""
+    header, _, struct = args.decay.partition(":")
+    if not Path(header).is_file():
+        parser.error(f"--decay: there is no file {header}")
+    params = []
+    for given in args.decay_params:
+        name, _, text = given.partition("=")
+        try:
+            params.append((name, float(text.removesuffix("ep")), text.endswith("ep")))
+        except ValueError:
+            parser.error(f"--decay-params: expected FIELD=NUMBER, given {given}")
+    named = "".join(word.capitalize() for word in Path(header).stem.split("_"))
+    return OwnDecay(header, struct or named, tuple(params), args.decay_charge, args.decay_gated)
 
 
 def positive(text: str) -> int:
@@ -616,8 +693,17 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(source, ctr_data.ArrayData):
             source = source.head(10_000)
     options = Options(
-        epochs=epochs, batch_size=args.batch_size, dtype=args.dtype, rounding=args.rounding
+        epochs=epochs,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        rounding=args.rounding,
+        own=args.own,
     )
+    if options.own is not None:
+        try:  # what is wrong with it is said before anything is trained
+            options.own.decay(source.steps_per_epoch(options.batch_size))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ctr_data.DataError(f"--decay: {error}") from None
     # Where the output is not a terminal, rich would wrap the tables at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
     sizes = ", ".join(f"{source.size(part):,} {part}" for part in ctr_data.PARTS)

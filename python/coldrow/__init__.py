@@ -5,7 +5,7 @@ other lazy schedules, for tables in float32, float16 and bfloat16. ``import cold
 torch; :mod:`coldrow.nn` and :mod:`coldrow.optim` do.
 """
 
-from coldrow import cuda
+from coldrow import cuda, jit
 from coldrow._version import __version__
 from coldrow.functional import apply_, init_state, read_, rowwise_rmsprop_ar_
 from coldrow.policies import (
@@ -54,6 +54,7 @@ __all__ = [
     "apply_",
     "cuda",
     "init_state",
+    "jit",
     "read_",
     "rowwise_rmsprop_ar_",
 ]

@@ -514,6 +514,8 @@ class RowUpdate:
         """Return the composition as plain values (for checkpoints)."""
 
         def plain(policy: Any) -> dict[str, Any]:
+            if hasattr(policy, "_described"):  # compiled from source
+                return dict(policy._described())
             fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
             values = {k: plain(v) if isinstance(v, _Policy) else v for k, v in fields.items()}
             return {"policy": type(policy).__name__, **values}
@@ -525,6 +527,10 @@ class RowUpdate:
         """Return the update that :meth:`to_dict` described."""
 
         def build(described: Mapping[str, Any]) -> Any:
+            if described.get("policy") in ("JitDecay", "JitOptimizer"):
+                from coldrow.jit.policies import restored
+
+                return restored(described)
             kind = _BY_NAME.get(described.get("policy", ""))
             if kind is None:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -428,6 +429,58 @@ def test_smoke_all_arms_side_by_side_or_not(tmp_path, capsys):
     assert json.loads((tmp_path / "two" / "results.json").read_text()) == report
 
 
+def test_a_decay_of_ones_own(tmp_path, monkeypatch):
+    """From a header, with parameters in steps and in epochs; compiled once, run in two processes."""
+    monkeypatch.setenv("COLDROW_JIT_CACHE", str(tmp_path / "cache"))
+    header = tmp_path / "own_half_life.hpp"
+    header.write_text(
+        "#include <coldrow/policy/decay.hpp>\n"
+        "struct OwnHalfLife {\n"
+        "  float half_life, warmup;\n"
+        "  COLDROW_HD float operator()(std::int32_t gap, float) const {\n"
+        "    const float over = static_cast<float>(gap) - warmup;\n"
+        "    return over <= 0 ? 1.0f : 1.0f / (1.0f + over / half_life);\n"
+        "  }\n};\n"
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    atomic_folder(folder, 1200)
+    args = ["--data", str(folder), "--epochs", "2", "--seeds", "1", "--batch-size", "64"]
+    args += ["--threads", "2", "--decay", str(header)]
+
+    def run(*more):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / "train_ctr.py"), *args, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    out = ["--out", str(tmp_path)]
+    gated = ["--decay-params", "half_life=0.1ep", "warmup=2", "--decay-gated"]
+    assert run(*out, "--arms", "none,gated", *gated)[0] == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    none, built_in, own = (np.array(arm["log_loss"])[0] for arm in report["arms"])
+    assert (
+        report["arms"][2]["setting"] == "EpochGated(decay=OwnHalfLife(half_life=1.5, warmup=2.0))"
+    )
+    assert own[0] == built_in[0] == none[0]
+    assert len({own[1], built_in[1], none[1]}) == 3
+
+    never = ["--decay-params", "half_life=1", "warmup=1e9", "--decay-charge", "touch"]
+    assert run(*out, "--arms", "none", *never)[0] == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["arms"][0]["log_loss"] == report["arms"][1]["log_loss"]
+
+    code, _, says = run("--arms", "none", "--decay-params", "half_life=1")
+    assert code == 1
+    assert says == (
+        "train_ctr.py: --decay: OwnHalfLife: field 'warmup' has no default and was not given\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [("bf16", "stochastic"), ("fp16", "nearest"), ("fp32", "nearest")]
 )
@@ -459,6 +512,10 @@ def test_a_part_of_one_class_is_refused(tmp_path):
         (["--cross", "a"], "expected A:B"),
         (["--epochs", "0"], "invalid positive"),
         (["--rounding", "stochastic"], "stochastic is for 16-bit rows"),
+        (["--decay", "nothing.hpp"], "--decay: there is no file nothing.hpp"),
+        (["--decay-params", "a=1"], "--decay-params is for --decay"),
+        (["--decay", __file__, "--decay-params", "a"], "expected FIELD=NUMBER, given a"),
+        (["--arms", "own"], "no own; there are none, weight"),
     ],
 )
 def test_bad_arguments(args, message, capsys):
