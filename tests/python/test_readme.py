@@ -8,9 +8,10 @@ import numpy as np
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_python_blocks_run():
+def test_python_blocks_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLDROW_JIT_CACHE", str(tmp_path / "jit"))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {
         "weight": np.ones((4, 2), np.float32),
         "grad": np.ones((1, 2), np.float32),
