@@ -99,7 +99,7 @@ class Coldrow(Contestant):
     """coldrow's module: row-wise RMSprop with AR, charged on touch or on read."""
 
     def __init__(self, work: Workload, start: list[Tensor], charge: str, dtype: str,
-                 rounding: str) -> None:  # fmt: skip
+                 rounding: str, **policies: Any) -> None:  # fmt: skip
         try:
             import coldrow
             from coldrow.nn import Table, TableBatchedEmbeddingBags
@@ -112,9 +112,12 @@ class Coldrow(Contestant):
             decay = coldrow.CumulativeLinear(half_life=HALF_LIFE)
         stochastic = rounding == "stochastic" and dtype != "fp32"
         update = coldrow.RowUpdate(
-            optimizer=coldrow.RowwiseRMSprop(lr=LR, eps=EPS, ema_beta=BETA),
-            decay=decay,
-            rounding=coldrow.Stochastic(seed=0) if stochastic else coldrow.Nearest(),
+            **{
+                "optimizer": coldrow.RowwiseRMSprop(lr=LR, eps=EPS, ema_beta=BETA),
+                "decay": decay,
+                "rounding": coldrow.Stochastic(seed=0) if stochastic else coldrow.Nearest(),
+                **policies,
+            }
         )
         self.name = f"coldrow {charge} {dtype}"
         self.dim = work.dim
