@@ -156,6 +156,43 @@ def apply_(
             a non-finite update under ``"raise"``.
         IndexError: an index outside ``[0, E)``.
     """
+    torch = _torch_tensor(weight)
+    if torch is not None and torch.compiler.is_compiling():
+        from coldrow.nn.ops import traced_apply as apply
+    else:
+        apply = apply_now
+    apply(
+        update,
+        weight,
+        grad,
+        indices,
+        state,
+        step=step,
+        lr=lr,
+        epoch_start=epoch_start,
+        on_nonfinite=on_nonfinite,
+        table=table,
+        row_offset=row_offset,
+        col_offset=col_offset,
+    )
+
+
+def apply_now(
+    update: RowUpdate,
+    weight: Any,
+    grad: Any,
+    indices: Any,
+    state: Mapping[str, Any],
+    *,
+    step: Any,
+    lr: Any,
+    epoch_start: Any,
+    on_nonfinite: str,
+    table: int | str,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    """Do what :func:`apply_` says."""
     arrays, prev_iter = _state_arrays(_check_update(update), state)
     _core.apply(
         compiled(update),

@@ -28,7 +28,7 @@ from coldrow.functional import (
     one_of,
     table_key,
 )
-from coldrow.nn import checkpoint
+from coldrow.nn import checkpoint, ops
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
 from coldrow.nn.table import DTYPES, State, Table, Weights, moved
 from coldrow.policies import RowUpdate, compiled, is_epoch_aware, number
@@ -64,8 +64,6 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     Attributes:
         weights: tables by name, ``[E, D]``, live and writable.
-        grad_scale: fused gradients are divided by it; set it where the loss is scaled.
-        nonfinite_rows: rows skipped so far as non-finite.
         strict_policies: refuse a checkpoint whose policies differ from the module's.
     """
 
@@ -117,8 +115,6 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.pooling, self.charge, self.fused = pooling, charge, fused
         self.output_dtype, self.on_nonfinite = output_dtype, on_nonfinite
         self.validate, self.state_layout = validate, state_layout
-        self.grad_scale = 1.0
-        self.nonfinite_rows = 0
         self.strict_policies = True
         self._epoch_checked = False
         self._load_strict: bool | None = None
@@ -131,11 +127,13 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.weights = Weights(parameters)
         self._updates = [t.update or update for t in tables]
         self._state = [
-            State(u.state_shapes(t.num_rows, t.dim), state_layout, device)
+            State.zeros(u.state_shapes(t.num_rows, t.dim), state_layout, device)
             for t, u in zip(tables, self._updates, strict=True)
         ]
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
         self._epoch_start = torch.zeros((), dtype=torch.int64, device=device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._grad_scale = torch.ones((), dtype=torch.float64, device=device)
         # One group per distinct update, in order of the tables: its tables share a learning rate.
         groups = list(dict.fromkeys(self._updates))
         self._group_of = [groups.index(u) for u in self._updates]
@@ -177,6 +175,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
         ]
         self._generation += 1
+        self._spec = ops.spec_of(self)
         self._device = self._parameters_list[0].device
         for p in self._parameters_list:
             if not self.fused and getattr(p, "grad_dtype", torch.float32) != torch.float32:
@@ -276,6 +275,24 @@ class TableBatchedEmbeddingBags(nn.Module):
         self._epoch_start.fill_(self._next_step())
 
     @property
+    def nonfinite_rows(self) -> int:
+        """Rows skipped so far as non-finite. Assignable."""
+        return int(self._nonfinite)
+
+    @nonfinite_rows.setter
+    def nonfinite_rows(self, value: int) -> None:
+        self._nonfinite.fill_(integer("nonfinite_rows", value, 0, 2**63 - 1))
+
+    @property
+    def grad_scale(self) -> float:
+        """What fused gradients are divided by (in float32): set it where the loss is scaled."""
+        return float(self._grad_scale)
+
+    @grad_scale.setter
+    def grad_scale(self, value: float) -> None:
+        self._grad_scale.fill_(number("grad_scale", value, low_open=True))
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """One group per distinct update; ``group["lr"]`` is a 0-dim tensor, or whatever was put there.
 
@@ -323,7 +340,6 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     # ------------------------------------------------------------------------------------ forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph break around the tables, until there are registered ops
     def forward(
         self,
         indices: Tensor,
@@ -350,7 +366,6 @@ class TableBatchedEmbeddingBags(nn.Module):
             TypeError, ValueError: other bad input.
             RuntimeError: a second training forward before the backward of the first (``fused=True``).
         """
-        self._sync()
         for name, value in (("indices", indices), ("offsets", offsets)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, accepted: a torch tensor")
@@ -369,8 +384,50 @@ class TableBatchedEmbeddingBags(nn.Module):
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
             weights = weights.float().resolve_neg().contiguous()
         sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
-        batch = Batch(sizes, self.clock + 1, self.epoch_start, self._lrs())
+        grad_on = torch.is_grad_enabled()
+        one_tensor = self.pooling != "none" or len(set(self._dims)) == 1
+        if torch.compiler.is_compiling() and one_tensor and (self.fused or not grad_on):
+            return self._traced(indices, offsets, weights, sizes)
+        return self._eager(indices, offsets, weights, sizes)
 
+    def _traced(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        sizes: tuple[int, ...] | None,
+    ) -> Any:
+        """Look up through an operator, for torch.compile and torch.export."""
+        train = self.training and torch.is_grad_enabled()
+        anchor = self._anchor if train else self._anchor.detach()
+        out = torch.ops.coldrow.lookup(
+            anchor,
+            [p.detach() for p in self._parameters_list],
+            [m for s in self._state for m in s.memory] if train or self.charge == "read" else [],
+            self._lr,
+            self._clock,
+            self._epoch_start,
+            self._nonfinite,
+            self._grad_scale,
+            indices,
+            offsets,
+            weights,
+            sizes,
+            train,
+            self._spec,
+        )
+        return self._shape(out, offsets, sizes)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _eager(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        sizes: tuple[int, ...] | None,
+    ) -> Any:
+        self._sync()
+        batch = Batch(sizes, self.clock + 1, self.epoch_start, self._lrs())
         grad_on = torch.is_grad_enabled()
         if not self.fused and grad_on:
             out = SparseLookup.apply(self, batch, indices, offsets, weights, *self._parameters_list)
@@ -499,10 +556,11 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _update(
         self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None, grad: Tensor
     ) -> None:
-        if self.grad_scale != 1.0:
-            grad = grad.float() / number("grad_scale", self.grad_scale, low_open=True)
+        scale = self.grad_scale
+        if scale != 1.0:
+            grad = grad.float() / scale
         step = self._next_step()
-        self.nonfinite_rows += self._native.update(
+        skipped = self._native.update(
             self._parameters_list,
             self._optimizer_states,
             self._prev_iters,
@@ -518,6 +576,8 @@ class TableBatchedEmbeddingBags(nn.Module):
             grad,
             self.on_nonfinite,
         )
+        if skipped:
+            self._nonfinite += skipped
         self._tick()
 
     def _tick(self) -> None:
@@ -574,7 +634,7 @@ class TableBatchedEmbeddingBags(nn.Module):
                         self._keys[i],
                     )
                 )
-        self.nonfinite_rows += apply_steps(
+        self._nonfinite += apply_steps(
             steps, step=step, epoch_start=epoch_start, on_nonfinite=self.on_nonfinite
         )
         self._tick()
@@ -699,7 +759,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         super()._apply(fn, recurse)
         for state in self._state:
             state.move(fn)
-        self._clock, self._epoch_start = moved(self._clock, fn), moved(self._epoch_start, fn)
+        for name in ("_clock", "_epoch_start", "_nonfinite", "_grad_scale"):
+            setattr(self, name, moved(getattr(self, name), fn))
         self._group_lrs()
         self._lr = [moved(lr, fn) for lr in self._lr]
         for tensor, group in zip(self._lr, self._param_groups, strict=True):
@@ -719,6 +780,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             "_state_views",
             "_prev_iters",
             "_optimizer_states",
+            "_spec",
             "_outstanding",
             "_optimizer",
         )

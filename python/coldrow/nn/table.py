@@ -105,21 +105,37 @@ class State:
     ``[rows, dim]`` each.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], layout: str, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: str) -> None:
         self.names = tuple(shapes)  # prev_iter first, then as the kernels take them
         self._by_row = [name for name, shape in shapes.items() if len(shape) == 1]
         self._by_element = [name for name, shape in shapes.items() if len(shape) == 2]
         self._record = layout == "record"
-        rows = shapes["prev_iter"][0]
-        by_row: list[tuple[int, ...]] = [(rows,)] * len(self._by_row)
+        self._shapes = [shapes[name] for name in (*self._by_row, *self._by_element)]
         if self._record:
-            by_row = [(rows, len(self._by_row))]
-        self.memory = [
-            torch.zeros(shape, dtype=torch.int32, device=device)
-            for shape in (*by_row, *(shapes[name] for name in self._by_element))
+            rows = shapes["prev_iter"][0]
+            self._shapes[: len(self._by_row)] = [(rows, len(self._by_row))]
+        self.memory: list[Tensor] = []
+
+    @classmethod
+    def zeros(
+        cls, shapes: Mapping[str, tuple[int, ...]], layout: str, device: torch.device
+    ) -> State:
+        """Return the state of a table never trained."""
+        state = cls(shapes, layout)
+        state.memory = [
+            torch.zeros(shape, dtype=torch.int32, device=device) for shape in state._shapes
         ]
+        return state
+
+    @classmethod
+    def over(
+        cls, shapes: Mapping[str, tuple[int, ...]], layout: str, memory: list[Tensor]
+    ) -> State:
+        """Return the state that lies in the first of ``memory``, which are taken off the list."""
+        state = cls(shapes, layout)
+        count = len(state._shapes)
+        state.memory, memory[:count] = memory[:count], []
+        return state
 
     def views(self) -> dict[str, Tensor]:
         """Live views by name: prev_iter int32, the others float32."""
