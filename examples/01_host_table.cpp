@@ -2,6 +2,7 @@
 // each row and update it once.
 //
 //   g++ -std=c++20 -O2 -ffp-contract=off -Iinclude examples/01_host_table.cpp && ./a.out
+#include <cmath>
 #include <coldrow/coldrow.hpp>
 #include <cstdio>
 #include <vector>
@@ -47,5 +48,10 @@ int main() {
     std::printf("row %d: weight %7.4f %7.4f, last touched at step %d\n", static_cast<int>(r),
                 weight[2 * r], weight[2 * r + 1], prev_iter[r]);
   }
-  return report.nonfinite.count == 0 ? 0 : 1;
+
+  // Row 3 got the sum of two gradients, {0.75, 0}; rows that were not in the batch stay as they are.
+  const double shrink = 1.0 - 0.1 * 0.5, v = (1.0 - 0.99) * (0.75 * 0.75 + 0.0) / 2.0;
+  const bool right = std::fabs(weight[2 * 3] - (shrink - 0.1 / std::sqrt(v) * 0.75)) < 1e-5 &&
+                     std::fabs(weight[2 * 3 + 1] - shrink) < 1e-6 && weight[2 * 2] == 1.0f;
+  return right && report.nonfinite.count == 0 ? 0 : 1;
 }
