@@ -22,10 +22,12 @@ COLDROW_BEGIN
 // (In min_of and max_of below the computed value comes first: so a NaN stays one, and its row is
 // skipped as not finite instead of wiped.)
 
+// (Compilers quote the line that is not satisfied, its comment included.)
 template <class D>
 concept DecayPolicy =
-    std::is_trivially_copyable_v<D> && requires(const D d, std::int32_t gap, float lr) {
-      { d(gap, lr) } -> std::same_as<float>;
+    std::is_trivially_copyable_v<D> &&  // needed: plain fields, no container or virtual function
+    requires(const D d, std::int32_t gap, float lr) {
+      { d(gap, lr) } -> std::same_as<float>;  // needed: float operator()(std::int32_t, float) const
     };
 
 // The policy as it is evaluated at one step.

@@ -24,16 +24,18 @@
 
 COLDROW_BEGIN
 
+// (Compilers quote the line that is not satisfied, its comment included.)
+// clang-format off
 template <class O>
-concept EvaluatedOptimizer = std::is_trivially_copyable_v<O> &&
-                             requires(const O o, float* state, float x, std::int32_t step) {
-                               { O::scalar_states } -> std::convertible_to<int>;
-                               { O::vector_states } -> std::convertible_to<int>;
-                               { o.row(state, x, x, step).finite() } -> std::same_as<bool>;
-                               {
-                                 o.element(o.row(state, x, x, step), x, state)
-                               } -> std::same_as<float>;
-                             };
+concept EvaluatedOptimizer =
+    std::is_trivially_copyable_v<O> &&  // needed: plain fields, no container or virtual function
+    requires(const O o, float* state, float x, std::int32_t step) {
+      { O::scalar_states } -> std::convertible_to<int>;  // needed: a static constexpr int
+      { O::vector_states } -> std::convertible_to<int>;  // needed: a static constexpr int
+      { o.row(state, x, x, step).finite() } -> std::same_as<bool>;  // needed: row().finite()
+      { o.element(o.row(state, x, x, step), x, state) } -> std::same_as<float>;  // and element()
+    };
+// clang-format on
 
 // The policy as it is evaluated at one step.
 template <class O>
