@@ -1,4 +1,4 @@
-// expect: DecayPolicy
+// expect: needed: plain fields, no container or virtual function
 #include <coldrow/coldrow.hpp>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// expect: DecayPolicy
+// expect: needed: float operator()(std::int32_t, float) const
 #include <coldrow/coldrow.hpp>
 
 struct HalfLife {

@@ -1,4 +1,4 @@
-// expect: OptimizerPolicy
+// expect: needed: row().finite()
 #include <coldrow/coldrow.hpp>
 
 struct Sgd {

@@ -1,4 +1,4 @@
-// expect: OptimizerPolicy
+// expect: needed: a static constexpr int
 #include <coldrow/coldrow.hpp>
 
 struct Sgd {

@@ -29,11 +29,11 @@ COLDROW_BEGIN
 template <class O>
 concept EvaluatedOptimizer =
     std::is_trivially_copyable_v<O> &&  // needed: plain fields, no container or virtual function
-    requires(const O o, float* state, float x, std::int32_t step) {
+    requires(const O o, float* state, float x, std::int32_t t) {
       { O::scalar_states } -> std::convertible_to<int>;  // needed: a static constexpr int
       { O::vector_states } -> std::convertible_to<int>;  // needed: a static constexpr int
-      { o.row(state, x, x, step).finite() } -> std::same_as<bool>;  // needed: row().finite()
-      { o.element(o.row(state, x, x, step), x, state) } -> std::same_as<float>;  // and element()
+      { o.row(state, x, x, t).finite() } -> std::same_as<bool>;  // needed: row().finite()
+      { o.element(o.row(state, x, x, t), x, state) } -> std::same_as<float>;  // needed: element()
     };
 // clang-format on
 
