@@ -46,17 +46,17 @@ struct RowsKernel {
       Update update;
       Table<Weight, Optimizer> table;
     };
-    static_assert(Optimizer::scalar_states <= kMaxScalars && Optimizer::vector_states <= kMaxVectors,
-                  "an optimizer has at most four scalar and four vector states");
+    static_assert(
+        Optimizer::scalar_states <= kMaxScalars && Optimizer::vector_states <= kMaxVectors,
+        "an optimizer has at most four scalar and four vector states");
     static_assert(sizeof(Made) <= capacity && alignof(Made) <= 64,
                   "the optimizer's fields, once prepared, do not fit");
     RowsKernel kernel;
     kernel.make = [](const RowsSpec& s, void* made) {
       Rounding rounding{};
       if constexpr (requires { rounding.seed; }) rounding.seed = s.seed;
-      auto update =
-          Update::at(s.step, s.lr, *static_cast<const Optimizer*>(s.optimizer), s.decay, rounding,
-                     s.decay_state, s.epoch_start);
+      auto update = Update::at(s.step, s.lr, *static_cast<const Optimizer*>(s.optimizer), s.decay,
+                               rounding, s.decay_state, s.epoch_start);
       update.on_nonfinite = s.on_nonfinite;
       Table<Weight, Optimizer> table;
       table.weight = static_cast<Weight*>(s.weight);
