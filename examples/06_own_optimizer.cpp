@@ -26,7 +26,9 @@ int main() {
   for (std::int32_t step = 1; step <= 200; ++step) {
     const int r = step * step % kRows;  // touches rows 0 and 1
     float grad[kDim];
-    for (int d = 0; d < kDim; ++d) grad[d] = static_cast<float>(std::sin(step + 0.7 * d + r));
+    for (int d = 0; d < kDim; ++d) {  // none in column 0: decay alone moves it
+      grad[d] = d == 0 ? 0.0f : static_cast<float>(std::sin(step + 0.7 * d + r));
+    }
 
     const auto update = Update::at(step, kLr, Lion{}, {.weight_decay = kWeightDecay});
     if (!update(coldrow::Serial{}, table.row(r), grad, kDim, table.key(r))) return 1;
