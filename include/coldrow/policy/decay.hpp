@@ -28,7 +28,16 @@ concept DecayPolicy =
     std::is_trivially_copyable_v<D> &&  // needed: plain fields, no container or virtual function
     requires(const D d, std::int32_t gap, float lr) {
       { d(gap, lr) } -> std::same_as<float>;  // needed: float operator()(std::int32_t, float) const
-    };
+    } &&
+    // An optional member with other arguments would not be called, and nobody would say so.
+    (!requires { &D::prepare; } ||
+     requires(const D d) {
+       d.prepare(0, 0.0, 0);  // needed: auto prepare(std::int32_t, double, std::int32_t) const
+     }) &&
+    (!requires { &D::first_touch; } ||
+     requires(const D d, float lr) {
+       { d.first_touch(lr) } -> std::same_as<float>;  // needed: float first_touch(float) const
+     });
 
 // The policy as it is evaluated at one step.
 template <DecayPolicy D>

@@ -49,12 +49,22 @@ COLDROW_HD auto prepare(const O& optimizer, std::int32_t step, double lr) {
 template <class O>
 using PreparedOptimizer = decltype(prepare(std::declval<const O&>(), 0, 0.0));
 
+// clang-format off: what is needed stands in the line that the compiler quotes
 template <class O>
 concept OptimizerPolicy =
-    std::is_trivially_copyable_v<O> && EvaluatedOptimizer<PreparedOptimizer<O>> && requires {
-      requires O::scalar_states == PreparedOptimizer<O>::scalar_states;
-      requires O::vector_states == PreparedOptimizer<O>::vector_states;
-    };
+    std::is_trivially_copyable_v<O> && EvaluatedOptimizer<PreparedOptimizer<O>> &&
+    requires {
+      requires O::scalar_states == PreparedOptimizer<O>::scalar_states;  // needed: prepare() keeps the state
+      requires O::vector_states == PreparedOptimizer<O>::vector_states;  // needed: prepare() keeps the state
+    } &&
+    // An optional member with other arguments would not be called, and nobody would say so.
+    (!requires { &O::prepare; } || requires(const O o) {
+       o.prepare(0, 0.0);  // needed: auto prepare(std::int32_t, double) const
+     }) &&
+    (!requires { &O::state_name; } || requires {
+       { O::state_name(0) } -> std::same_as<const char*>;  // needed: static constexpr const char* state_name(int)
+     });
+// clang-format on
 
 template <class O>
 inline constexpr bool kElementsFinite = requires { requires O::elements_finite; };
