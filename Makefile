@@ -26,7 +26,10 @@ $(VENV)/.requirements: requirements-dev.txt constraints.txt requirements-data.tx
 	$(BIN)/python -m pip install -q --no-deps -r requirements-data.txt
 	@touch $@
 
+# Uninstalled first: without build isolation scikit-build-core imports the coldrow that is there (it
+# asks every package where its CMake files are), and that may be one that does not import.
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	@$(BIN)/python -m pip uninstall -qq -y coldrow
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 	    -C cmake.define.COLDROW_WERROR=ON .
 	@touch $@
@@ -40,7 +43,7 @@ test-python: build
 	$(BIN)/python -m pytest $(ARGS)
 
 # The C++ tests need GoogleTest from the system. Without it this says so and goes on, unless
-# COLDROW_REQUIRE_CPP_TESTS is set (as CI does).
+# COLDROW_REQUIRE_ALL_TESTS is set (as CI does).
 test-cpp: build
 	@if echo '#include <gtest/gtest.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
 	  set -e; export PATH="$(BIN):$$PATH"; mkdir -p build/cpp; \
@@ -51,7 +54,7 @@ test-cpp: build
 	  ctest --test-dir build/cpp --output-on-failure -j $$(nproc) --quiet -O build/cpp/ctest.log \
 	    || { cat build/cpp/ctest.log; exit 1; }; \
 	  tail -n 4 build/cpp/ctest.log; \
-	elif [ -n "$$COLDROW_REQUIRE_CPP_TESTS" ]; then \
+	elif [ -n "$$COLDROW_REQUIRE_ALL_TESTS" ]; then \
 	  echo "error: GoogleTest is not installed: apt-get install libgtest-dev"; exit 1; \
 	else \
 	  echo "C++ tests NOT run: GoogleTest is not installed. Get it: apt-get install libgtest-dev"; \
@@ -76,6 +79,7 @@ $(BENCH)/.installed: constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt torch numpy scikit-build-core nanobind ninja
 	$(BENCH)/bin/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	@$(BENCH)/bin/python -m pip uninstall -qq -y coldrow
 	PATH="$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m pip install -q --no-build-isolation --no-deps \
 	    -C build-dir=build/bench-wheel .
 	@touch $@

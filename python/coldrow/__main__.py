@@ -4,7 +4,8 @@ import argparse
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
+
+from coldrow import _paths
 
 
 def main() -> None:
@@ -14,11 +15,10 @@ def main() -> None:
     parser.add_argument("--includes", action="store_true", help="print the folder of the headers")
     parser.add_argument("--cmakedir", action="store_true", help="print the folder for coldrow_DIR")
     args = parser.parse_args()
-    here = Path(__file__).resolve().parent
     if args.includes:
-        print(here / "include")
+        print(_paths.includes())
     elif args.cmakedir:
-        print(here / "cmake")
+        print(_paths.cmake())
     elif args.command == "info":
         _info()
     else:
