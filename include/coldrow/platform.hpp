@@ -29,10 +29,11 @@
 #endif
 
 // Before a loop over the values of a block. It keeps gcc from unrolling the loop before its
-// vectoriser has seen it; without it policies on bfloat16 come out scalar.
-#if defined(__CUDACC__)
+// vectoriser has seen it; without it policies on bfloat16 come out scalar. (The host compiler behind
+// nvcc is given the text as nvcc rewrote it, and knows no "unroll".)
+#if defined(__CUDA_ARCH__)
 #define COLDROW_LANES _Pragma("unroll")
-#elif defined(__clang__)
+#elif defined(__CUDACC__) || defined(__clang__)
 #define COLDROW_LANES
 #elif defined(__GNUC__)
 #define COLDROW_LANES _Pragma("GCC unroll 1") _Pragma("GCC ivdep")
