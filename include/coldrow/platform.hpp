@@ -5,11 +5,15 @@
 #error "coldrow needs C++20 or later: compile with -std=c++20"
 #endif
 
+#if defined(__CUDACC_RTC__)
+#include "nvrtc_std.hpp"
+#else
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#endif
 
 #define COLDROW_VERSION_MAJOR 0
 #define COLDROW_VERSION_MINOR 1
