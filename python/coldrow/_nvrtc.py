@@ -44,7 +44,7 @@ def compile(source: str, name: str, arch: str, options: Sequence[str] = ()) -> b
         options: Further NVRTC options, after coldrow's own.
 
     Returns:
-        The cubin, or the PTX.
+        The cubin, or the PTX with the zero byte at its end that the driver wants.
 
     Raises:
         CompileError: The source does not compile.
