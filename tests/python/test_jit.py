@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import coldrow
-from coldrow import _core
+from coldrow import _core, _nvrtc, _paths
 from coldrow.jit import CompileError, compiler, decay, optimizer
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 from coldrow.optim import SparseOptimizer
@@ -222,7 +222,7 @@ def test_header_program_gives_the_same_bits(tmp_path):
         }
         """))  # fmt: skip
     command, _ = compiler._compiler(os.environ.get("CXX"))
-    flags = ["-std=c++20", "-O2", *compiler.STRICT, f"-I{compiler.HEADERS}"]
+    flags = ["-std=c++20", "-O2", *compiler.STRICT, f"-I{_paths.includes()}"]
     subprocess.run([*command, *flags, "main.cpp", "-o", "main"], cwd=tmp_path, check=True)
     out = subprocess.run(
         [tmp_path / "main"],
@@ -315,6 +315,34 @@ def test_non_finite_policies_leave_rows_alone():
         coldrow.apply_(update, weight, grad, np.array([0, 1]), state, step=1, on_nonfinite="skip")
         assert (weight[0] == 1).all()
         assert state["prev_iter"][0] == 0
+
+
+KERNEL = """
+#include <coldrow/table/table.hpp>
+{source}
+using Update = coldrow::RowUpdate<coldrow::bfloat16, float, {optimizer}, {decay}, coldrow::Stochastic>;
+using Table = coldrow::Table<coldrow::bfloat16, {optimizer}>;
+extern "C" __global__ void train(Update update, Table table, const float* grad) {{
+  const std::int64_t r = blockIdx.x;
+  update(coldrow::Warp{{}}, table.row(r), grad + r * table.dim, table.dim, table.key(r));
+}}
+"""
+
+
+@pytest.mark.parametrize("source", [HALF_LIFE, WARMUP, RMSPROP, ADAGRAD])
+def test_sources_compile_for_a_device_too(source):
+    """With NVRTC, which needs no GPU: what a source must be to be used there as well."""
+    try:
+        _nvrtc.load()
+    except FileNotFoundError as error:
+        if "COLDROW_REQUIRE_ALL_TESTS" in os.environ:
+            raise
+        pytest.skip(str(error))
+    name = source.partition("struct ")[2].split()[0]
+    source = source.replace("#pragma once", "")
+    kinds = {"optimizer": "coldrow::SGD", "decay": "coldrow::NoDecay"}
+    kinds["optimizer" if name == "Copy" else "decay"] = name
+    assert len(_nvrtc.compile(KERNEL.format(source=source, **kinds), "own.cu", "sm_90")) > 1000
 
 
 # ------------------------------------------------------------------------------------- as an object

@@ -95,7 +95,7 @@ struct AnyDecay {
           return EpochReset{gate}(gap, lr);
         case DecayKind::external:
 #if defined(__CUDA_ARCH__)
-          return __builtin_nanf("");  // a host function: no row is touched by it
+          return bit_cast<float>(0x7fc00000u);  // NaN: a host function, no row is touched by it
 #else
           return external->factor(prepared, gap, lr);
 #endif

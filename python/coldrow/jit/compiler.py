@@ -22,10 +22,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coldrow import _core
+from coldrow import _core, _paths
 from coldrow._version import __version__
-
-HEADERS = Path(__file__).parent.parent / "include"
 
 # What coldrow::strict says (CMakeLists.txt): the flags under which every build gives the same bits.
 STRICT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -84,7 +82,7 @@ def _compiler(given: str | None) -> tuple[tuple[str, ...], str]:
 def _headers() -> str:
     """Return a hash of coldrow's own headers."""
     digest = hashlib.blake2b(__version__.encode(), digest_size=16)
-    for path in sorted(HEADERS.rglob("*.hpp")):
+    for path in sorted(_paths.includes().rglob("*.hpp")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -190,7 +188,7 @@ def _build(built: Path, command: Sequence[str], files: dict[str, str]) -> None:
             (work / name).write_text(text, encoding="utf-8")
         outputs = ("-MMD", "-MFpolicy.d", "coldrow_wrapper.cpp", "-opolicy.so")
         run = subprocess.run(
-            [*command, f"-isystem{HEADERS}", *outputs],
+            [*command, f"-isystem{_paths.includes()}", *outputs],
             cwd=work,
             env={**os.environ, "LC_ALL": "C"},
             capture_output=True,
