@@ -1,7 +1,10 @@
-"""The float64 reference as tests use it: whole tables, and pooled batches expanded to plain lookups."""
+"""The float64 reference as tests use it: whole tables, single steps with their error bounds, and pooled
+batches expanded to plain lookups.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -70,3 +73,130 @@ def random_batch(rng: np.random.Generator, rows: int, bags: int, longest: int):
     lengths = rng.integers(0, longest + 1, bags)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return rng.integers(0, rows, offsets[-1]), offsets
+
+
+# ------------------------------------------------------------------------------ one step, and no more
+#
+# A run of several steps would need a tolerance that grows with it. So every step is compared alone:
+# the reference starts from what the kernel had stored before it, and what remains are the roundings of
+# one step. One float32 operation errs by at most ROUND, relatively:
+#
+#   factor    5 roundings of numbers up to 1 (LinearClipped: lr, alpha, their product, the charge, 1
+#             minus it), so 5 of |w|, and of a factor of at least 0.1 (see DECAYS) at most 50 of it
+#   state     at most 4 beside the mean of squares (dim/16 + 6: a chain of fma in 16 lanes, their sum,
+#             the division) and the factor where it fades the state (1 + 50)
+#   amount    what is subtracted: two states (the second under a square root), at most 10 of its own;
+#             where touches fade, their factor in both bias corrections
+#   weight    one of the result, then that of its dtype
+#
+# Amounts and moments may be differences; their errors are relative to the sums of the parts' absolute
+# values. Those are the reference's own results for |momentum1|, |g| and a weight of 0, since squares do
+# not know signs. (g itself is exact here: see exact_grad().)
+
+ROUND = 2.0**-24
+TINY = 1e-43  # a hundred of the smallest float32: below the normal ones errors are absolute
+# Significant bits and least exponent.
+FORMATS = {"float32": (24, -126), "float16": (11, -14), "bfloat16": (8, -126)}
+
+
+def exact_grad(rng: np.random.Generator, shape) -> np.ndarray:
+    """Gradients that every dtype holds and whose sums are exact: multiples of 1/64 in [-1, 1]."""
+    return rng.integers(-64, 65, shape) / 64.0
+
+
+def on_grid(x: np.ndarray, dtype: str, to_whole) -> np.ndarray:
+    """x rounded to a dtype's numbers; ``to_whole`` (np.rint, np.floor, ...) picks the neighbour."""
+    bits, least = FORMATS[dtype]
+    unit = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, least) - (bits - 1))
+    return to_whole(x / unit) * unit
+
+
+def within(got, low, high, what: str) -> None:
+    """Assert low <= got <= high everywhere."""
+    bad = ~((low <= got) & (got <= high))
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise AssertionError(
+            f"{what}{list(at)}: got {got[at]!r}, accepted {low[at]!r} to {high[at]!r} "
+            f"({int(bad.sum())} of {bad.size})"
+        )
+
+
+class Table64:
+    """A table and its state as float64 copies; prev_iter int64."""
+
+    def __init__(self, weight, state) -> None:
+        def numpy(array):
+            if isinstance(array, np.ndarray):
+                return array
+            return array.detach().double().numpy()  # NumPy has no bfloat16
+
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        self.weight = np.array(numpy(weight), dtype=np.float64)
+        self.state = {
+            name: np.array(numpy(a), dtype=np.int64 if name == "prev_iter" else np.float64)
+            for name, a in state.items()
+        }
+
+    def step(self, update, grad, indices, *, step: int, lr: float, epoch_start: int) -> Table64:
+        """What the float64 reference makes of it."""
+        reference = Reference(update, self.weight)
+        for name, array in self.state.items():
+            reference.state[name][...] = array
+        reference.apply(grad, indices, step=step, lr=lr, epoch_start=epoch_start)
+        after = copy.copy(self)
+        after.weight, after.state = reference.weight, reference.state
+        return after
+
+
+def check_step(
+    update: coldrow.RowUpdate,
+    before: Table64,
+    after: Table64,
+    grad: np.ndarray,
+    indices: np.ndarray,
+    *,
+    step: int,
+    lr: float | None = None,
+    epoch_start: int = 0,
+) -> None:
+    """Assert that one update from ``before`` gave ``after``: touched rows to within the roundings of a
+    step, all others bit for bit. The sums of ``grad`` [n, D] by row must be exact in float32.
+    """
+    rows, dim = before.weight.shape
+    now = {
+        "step": step,
+        "lr": update.optimizer.lr if lr is None else lr,
+        "epoch_start": epoch_start,
+    }
+    want = before.step(update, grad, indices, **now)
+    np.testing.assert_array_equal(after.state["prev_iter"], want.state["prev_iter"])
+
+    touched, which = np.unique(indices, return_inverse=True)
+    rest = np.setdiff1d(np.arange(rows), touched)
+    for name in ("weight", *before.state):
+        one, other = (t.weight if name == "weight" else t.state[name] for t in (before, after))
+        assert one[rest].tobytes() == other[rest].tobytes(), f"{name} of a row not touched"
+
+    sums = np.zeros((len(touched), dim))
+    np.add.at(sums, which, grad)
+    magnitude = copy.copy(before)
+    magnitude.weight = np.zeros_like(before.weight)
+    magnitude.state = {name: np.abs(array) for name, array in before.state.items()}
+    magnitude = magnitude.step(update, np.abs(sums), touched, **now)
+
+    faded = 51 if update.decay_state else 0
+    of_state = ROUND * (4 + dim / 16 + 6 + faded)
+    for name, array in want.state.items():
+        error = of_state * magnitude.state[name][touched] + TINY
+        if name != "prev_iter":
+            within(after.state[name][touched], array[touched] - error, array[touched] + error, name)
+
+    error = (1.5 * of_state + ROUND * (10 + 1.5 * faded)) * -magnitude.weight[touched]
+    error += ROUND * (np.abs(want.weight[touched]) + 5 * np.abs(before.weight[touched])) + TINY
+    low, high = want.weight[touched] - error, want.weight[touched] + error
+    if before.dtype != "float32":
+        drawn = isinstance(update.rounding, coldrow.Stochastic)
+        low = on_grid(low, before.dtype, np.floor if drawn else np.rint)
+        high = on_grid(high, before.dtype, np.ceil if drawn else np.rint)
+    within(after.weight[touched], low, high, "weight")
