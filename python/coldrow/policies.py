@@ -56,7 +56,7 @@ def number(
 ) -> float:
     """Return ``value`` as a float, or raise naming the argument, what was given and what is accepted."""
     bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
-        f" and <= {high:g}" if high < _LARGEST_FLOAT32 else " and finite"
+        f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
     )
     error = f"{name}: got {value!r}, accepted: {bounds}"
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array

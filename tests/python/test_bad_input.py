@@ -493,10 +493,34 @@ def test_init_state_of_something_else(says, kind, value):
 # ---------------------------------------------------------------------------------------- policies
 
 c = coldrow
+NORMAL = "accepted: a number >= 1.17549e-38 and finite"
+BELOW_ONE = "accepted: a number >= 0 and <= 0.9999999404"  # the largest float32 below 1
 POLICIES = {
     f"lr: got -1 ... {NUMBER}": (ValueError, lambda: c.RowwiseRMSprop(lr=-1)),
     f"eps: got nan ... {NUMBER}": (ValueError, lambda: c.RowwiseRMSprop(eps=NAN)),
     f"ema_beta: got 1.01 ... {FRACTION}": (ValueError, lambda: c.RowwiseRMSprop(ema_beta=1.01)),
+    f"lr: got inf ... {NUMBER}": (ValueError, lambda: c.SGD(lr=INF)),
+    f"lr: got None ... {NUMBER}": (TypeError, lambda: c.SGD(lr=None)),
+    f"eps: got -0.1 ... {NUMBER}": (ValueError, lambda: c.RowwiseAdagrad(eps=-0.1)),
+    f"eps: got 0 ... {NORMAL}": (ValueError, lambda: c.Adagrad(eps=0)),
+    f"eps: got 1e-40 ... {NORMAL}": (ValueError, lambda: c.Adagrad(eps=1e-40)),
+    f"eps: got 0.0 ... {NORMAL}": (ValueError, lambda: c.Adam(eps=0.0)),
+    f"eps: got '0' ... {NORMAL}": (TypeError, lambda: c.PartialRowwiseAdam(eps="0")),
+    f"eps: got -1.0 ... {NORMAL}": (ValueError, lambda: c.PartialRowwiseAdam(eps=-1.0)),
+    f"beta1: got 1 ... {BELOW_ONE}": (ValueError, lambda: c.Adam(beta1=1)),
+    f"beta1: got -0.1 ... {BELOW_ONE}": (ValueError, lambda: c.PartialRowwiseAdam(beta1=-0.1)),
+    f"beta2: got 1.0 ... {BELOW_ONE}": (ValueError, lambda: c.PartialRowwiseAdam(beta2=1.0)),
+    # In float32 that would be 1.
+    f"beta2: got 0.99999999 ... {BELOW_ONE}": (ValueError, lambda: c.Adam(beta2=0.99999999)),
+    f"beta2: got nan ... {BELOW_ONE}": (ValueError, lambda: c.Adam(beta2=NAN)),
+    "bias_correction: got 'step' ... accepted: 'clock', 'row'": (
+        ValueError,
+        lambda: c.Adam(bias_correction="step"),
+    ),
+    "bias_correction: got True ... accepted: 'clock', 'row'": (
+        ValueError,
+        lambda: c.PartialRowwiseAdam(bias_correction=True),
+    ),
     f"alpha: got inf ... {NUMBER}": (ValueError, lambda: c.LinearClipped(alpha=INF)),
     f"min_shrinkage: got 2 ... {FRACTION}": (ValueError, lambda: c.LinearClipped(0.1, 2)),
     f"alpha: got 'a' ... {NUMBER}": (TypeError, lambda: c.CumulativeLinear(alpha="a")),
@@ -557,6 +581,13 @@ def test_policy_that_is_not_accepted(says):
     kind, build = POLICIES[says]
     with refused(kind, says):
         build()
+
+
+def test_the_least_and_largest_that_is_accepted():
+    assert c.RowwiseAdagrad(eps=0).eps == c.RowwiseRMSprop(eps=0).eps == 0
+    for kind in (c.Adam, c.PartialRowwiseAdam):
+        assert kind(beta1=0, beta2=0, eps=1.17549436e-38).beta1 == 0
+        assert kind(beta1=1 - 2.0**-24, beta2=1 - 2.0**-24).beta2 < np.float32(1)
 
 
 # ------------------------------------------------------------------------------------------ module
