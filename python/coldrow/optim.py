@@ -149,6 +149,11 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if rows is None:
                     continue
                 state = self.state[p] or init_state(update, p.shape[0], p.shape[1], p)
+                if set(state) != set(update.state_names):  # the group was given another optimizer
+                    raise ValueError(
+                        f"update: got one with {sorted(update.state_names)}, accepted: one with the "
+                        f"state that the parameter has, {sorted(state)}"
+                    )
                 self.state[p] = state
                 arrays = [state[n] for n in update.state_names if n != "prev_iter"]
                 prev_iter = state["prev_iter"]
@@ -203,10 +208,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._clock.fill_(clock)
         self._epoch_start.fill_(epoch_start)
 
-    @staticmethod
-    def _revived(group: dict[str, Any]) -> dict[str, Any]:
+    def _revived(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group with its policies as objects again, and its lr checked."""
         group = dict(group)
+        missing = sorted(self.defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"param_groups: got no {missing}, accepted: a state_dict of this class"
+            )
         for key, value in group.items():
             if isinstance(value, dict) and value.get("policy") == "RowUpdate":
                 update = RowUpdate.from_dict(value)

@@ -707,3 +707,38 @@ def test_copy_counts_skipped_rows():
     optimizer.step()
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert (other.nonfinite_rows, other.on_nonfinite, other.clock) == (1, "skip", 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (
+            coldrow.Adam(),
+            r"^update: got one with \['momentum1', 'momentum2', 'prev_iter'\], accepted",
+        ),
+        (coldrow.SGD(), r"^update: got one with \['prev_iter'\], accepted: .*'momentum1'"),
+        (coldrow.RowwiseAdagrad(), r"^momentum1: got float32\[12, 5\], accepted: shape \[12\]"),
+    ],
+)
+def test_another_optimizer_in_mid_training_is_refused_and_nothing_changes(other, says):
+    """Its state would be missing, or be taken for something else."""
+    layer = make_embedding()
+    optimizer = SparseOptimizer(layer.parameters(), coldrow.RowUpdate(coldrow.Adagrad()))
+    train(optimizer, layer, batches(2))
+    before = copy.deepcopy((layer.weight, optimizer.state[layer.weight]))
+    optimizer.param_groups[0]["update"] = coldrow.RowUpdate(other)
+    with pytest.raises(ValueError, match=says):
+        optimizer.step()
+    assert torch.equal(layer.weight, before[0])
+    assert_equal_state(optimizer.state[layer.weight], before[1])
+    assert optimizer.clock == 2
+
+
+def test_state_dicts_of_the_two_classes_are_not_each_others():
+    layer = make_embedding()
+    one = SparseOptimizer(layer.parameters(), UPDATE)
+    other = RowwiseRMSpropAR(layer.parameters())
+    with pytest.raises(ValueError, match=r"^param_groups: got no \['ar_alpha', .*accepted"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match=r"^param_groups: got no \['update'\], accepted"):
+        one.load_state_dict(other.state_dict())
