@@ -78,7 +78,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:an epoch-aware decay is in use")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:an epoch-aware decay is in use"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch's, of its own Adagrad
+]
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 both_layouts = pytest.mark.parametrize("layout", ["record", "split"])
 
