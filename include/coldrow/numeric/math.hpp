@@ -44,6 +44,7 @@ COLDROW_HD constexpr T max_of(T a, T b) {
 }
 
 inline constexpr float kSmallestNormal = 1.17549435e-38f;
+inline constexpr float kLargestFloat = 3.40282347e+38f;
 
 // 2^x for x <= 0, relative error below 1e-13, 0 where the result is below the smallest normal
 // float32. Taylor series of 2^f on |f| <= 1/2; the coefficients are ln(2)^k / k!.

@@ -142,7 +142,7 @@ struct RowwiseAdagrad {
   }
 };
 
-// Adagrad: one sum of squares per element. eps > 0.
+// Adagrad: one sum of squares per element, which ends at the largest float32. eps > 0.
 //     v += g^2;   w -= lr * g / (sqrt(v)+eps)
 // Source: Duchi, Hazan & Singer (JMLR 2011), as torch.optim.Adagrad has it.
 struct Adagrad {
@@ -155,7 +155,7 @@ struct Adagrad {
 
   COLDROW_HD RowMultiplier row(float*, float, float lr, std::int32_t) const { return {lr}; }
   COLDROW_HD float element(const RowMultiplier& row, float g, float* vectors) const {
-    vectors[0] = math::fma(g, g, vectors[0]);
+    vectors[0] = min_of(math::fma(g, g, vectors[0]), kLargestFloat);
     return row.multiplier * (g / (math::sqrt(vectors[0]) + eps));
   }
 };
