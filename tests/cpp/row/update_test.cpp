@@ -1,7 +1,7 @@
 #include <coldrow/policy/any_decay.hpp>
 #include <coldrow/row/update.hpp>
 
-#include "../support.hpp"
+#include "../optimizers.hpp"
 #include "host_warp.hpp"
 
 namespace coldrow_test {
@@ -432,6 +432,338 @@ TEST(RowUpdate, ElementWiseStateIsCarriedAndDecayed) {
       }
     }
   }
+}
+
+// --------------------------------------------------------------------------------- every optimizer
+
+template <class O>
+class EveryOptimizer : public ::testing::Test {};
+TYPED_TEST_SUITE(EveryOptimizer, Optimizers, OptimizerName);
+
+template <class O, class W, class G>
+void follow_reference(const DecayCase& decay, int dim, bool decay_state, Random& random) {
+  const O optimizer = optimizer_of<O>();
+  const reference::Update expected{expected_of(optimizer), decay.expected, decay_state};
+  OptimizedTable<W, O> table(1, dim, random);
+  for (const std::int32_t step : {3, 4, 6, 31, 1032}) {
+    const std::int32_t epoch_start = step >= 31 ? 31 : step >= 6 ? 5 : 0;
+    const std::vector<double> grad = exact_gradients(dim, random);
+    const OptimizedTable<W, O> before = table;
+    const auto update = RowUpdate<W, G, O, AnyDecay, Nearest>::at(
+        step, kLr, optimizer, decay.policy, {}, decay_state, epoch_start);
+    ASSERT_TRUE(update.finite(Serial{}, table.row(), numbers_of<G>(grad).data(), dim));
+    ASSERT_TRUE(table == before) << "finite() wrote";
+    ASSERT_TRUE(update(Serial{}, table.row(), numbers_of<G>(grad).data(), dim, {}));
+    expect_step(expected, before, table, grad, {0}, step, kLr, epoch_start,
+                decay.name + ", dim " + std::to_string(dim) + ", step " + std::to_string(step) +
+                    (decay_state ? ", decay_state" : ""));
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TYPED_TEST(EveryOptimizer, FollowsTheReference) {
+  Random random(11);
+  for (const DecayCase& decay : decay_cases()) {
+    for (const bool decay_state : {false, true}) {
+      for (const int dim : {1, 5, 15, 16, 17, 33, 64, 100}) {
+        follow_reference<TypeParam, float, float>(decay, dim, decay_state, random);
+      }
+      for (const int dim : {1, 16, 21}) {
+        follow_reference<TypeParam, half, float>(decay, dim, decay_state, random);
+        follow_reference<TypeParam, bfloat16, half>(decay, dim, decay_state, random);
+      }
+    }
+  }
+}
+
+// The row and its state lie before memory that may not be touched, and after a neighbour.
+TYPED_TEST(EveryOptimizer, TouchesNothingButItsOwnColumns) {
+  Random random(12);
+  for (const int dim : {1, 15, 16, 17, 33, 70}) {
+    const auto update = RowUpdate<float, float, TypeParam, NoDecay, Nearest>::at(1, kLr);
+    const AtPageEnd<float> grad(random.numbers<float>(dim));
+    const AtPageEnd<float> weight(random.numbers<float>(dim));
+    const AtPageEnd<float> first(random.numbers<float>(dim, 0.0, 1.0));
+    const AtPageEnd<float> second(random.numbers<float>(dim, 0.0, 1.0));
+    OptimizedTable<float, TypeParam> table(1, dim, random);
+    Row<float, TypeParam> row = table.row();
+    row.weight = weight.data();
+    float* const ends[] = {first.data(), second.data()};
+    for (int s = 0; s < TypeParam::vector_states; ++s) row.vectors[s] = ends[s];
+    EXPECT_TRUE(update.finite(Serial{}, row, grad.data(), dim));
+    EXPECT_TRUE(update(Serial{}, row, grad.data(), dim, {}));
+
+    OptimizedTable<float, TypeParam> three(3, dim, random), before = three;
+    EXPECT_TRUE(update(Serial{}, three.row(1), grad.data(), dim, {}));
+    const auto n = static_cast<std::size_t>(dim);
+    for (std::size_t i = 0; i < 3 * n; ++i) {
+      if (i >= n && i < 2 * n) continue;
+      EXPECT_EQ(three.weight[i], before.weight[i]);
+      for (const auto& state : three.vectors) EXPECT_EQ(state[i], 0.0f);
+    }
+    for (const std::size_t r : {0u, 2u}) {
+      for (std::size_t i = 0; i < 1 + TypeParam::scalar_states; ++i) {
+        EXPECT_EQ(three.records[r * (1 + TypeParam::scalar_states) + i], 0);
+      }
+    }
+  }
+}
+
+TYPED_TEST(EveryOptimizer, WithoutStrengthADecayIsThePlainOptimizerBitForBit) {
+  for (const int dim : {1, 16, 37}) {
+    Random random(13);
+    OptimizedTable<float, TypeParam> plain(1, dim, random), decayed = plain;
+    for (const std::int32_t step : {1, 2, 5, 100000, INT32_MAX}) {
+      const auto grad = random.numbers<float>(dim);
+      RowUpdate<float, float, TypeParam, NoDecay, Nearest>::at(step, kLr)(Serial{}, plain.row(),
+                                                                          grad.data(), dim, {});
+      RowUpdate<float, float, TypeParam, LinearClipped, Nearest>::at(
+          step, kLr, {}, LinearClipped{0.0f, 0.1f}, {}, true)(Serial{}, decayed.row(), grad.data(),
+                                                              dim, {});
+      ASSERT_TRUE(plain == decayed) << "step " << step;
+    }
+  }
+}
+
+// Whatever is not finite, and in whichever column: nothing is written, or all of it.
+TYPED_TEST(EveryOptimizer, NonfiniteRowsKeepAllTheirState) {
+  Random random(14);
+  for (const int dim : {1, 20, 64}) {
+    OptimizedTable<float, TypeParam> start(1, dim, random);
+    const auto good = random.numbers<float>(dim);
+    RowUpdate<float, float, TypeParam, NoDecay, Nearest>::at(1, kLr)(Serial{}, start.row(),
+                                                                     good.data(), dim, {});
+    for (const int column : {0, dim / 2, dim - 1}) {
+      for (const float bad : {kNanf, kInff, -kInff, 1e30f}) {
+        std::vector<float> grad = good;
+        grad[static_cast<std::size_t>(column)] = bad;
+        auto update =
+            RowUpdate<float, float, TypeParam, Constant, Nearest>::at(2, kLr, {}, {1.0f}, {}, true);
+        OptimizedTable<float, TypeParam> table = start;
+        EXPECT_FALSE(update.finite(Serial{}, table.row(), grad.data(), dim));
+        EXPECT_FALSE(update(Serial{}, table.row(), grad.data(), dim, {}));
+        EXPECT_TRUE(table == start) << "written for " << bad << " in column " << column;
+        update.on_nonfinite = OnNonfinite::propagate;
+        EXPECT_TRUE(update(Serial{}, table.row(), grad.data(), dim, {}));
+        EXPECT_EQ(*table.row().prev_iter, 2);
+      }
+    }
+  }
+}
+
+// A state that is not finite already does not come right by itself: a scalar one is found.
+TYPED_TEST(EveryOptimizer, NonfiniteScalarStateIsFound) {
+  Random random(15);
+  for (int s = 0; s < TypeParam::scalar_states; ++s) {
+    for (const float bad : {kNanf, kInff}) {
+      OptimizedTable<float, TypeParam> table(1, 9, random);
+      *table.row().scalars[s] = bad;
+      const OptimizedTable<float, TypeParam> before = table;
+      const auto grad = random.numbers<float>(9);
+      const auto update = RowUpdate<float, float, TypeParam, NoDecay, Nearest>::at(1, kLr);
+      EXPECT_FALSE(update.finite(Serial{}, table.row(), grad.data(), 9));
+      EXPECT_FALSE(update(Serial{}, table.row(), grad.data(), 9, {}));
+      EXPECT_TRUE(table == before);
+    }
+  }
+}
+
+// Gradients whose sum of squares is exact in any order, as above.
+template <class O, class W, class Rounding>
+void expect_lanes_agree_on_state(int size, int dim, LaneOrder order) {
+  Random random(16);
+  OptimizedTable<W, O> serial(1, dim, random), shared = serial;
+  for (const std::int32_t step : {5, 6, 9}) {
+    const auto grad = numbers_of<float>(exact_gradients(dim, random));
+    const auto update = RowUpdate<W, float, O, AnyDecay, Rounding>::at(
+        step, kLr, optimizer_of<O>(), decay_cases()[1].policy, {}, true);
+    const ElementKey key{3, 4, 5, 0};
+    update(Serial{}, serial.row(), grad.data(), dim, key);
+    HostWarp warp(size, order);
+    warp.run<4>([&](const auto& group) {
+      EXPECT_TRUE(update.finite(group, shared.row(), grad.data(), dim));
+      EXPECT_TRUE(update(group, shared.row(), grad.data(), dim, key));
+    });
+    ASSERT_TRUE(serial == shared) << size << " lanes, dim " << dim << ", step " << step;
+  }
+}
+
+TYPED_TEST(EveryOptimizer, LanesAgreeWithSerial) {
+  for (const LaneOrder order : {LaneOrder::first_lane_first, LaneOrder::last_lane_first}) {
+    for (const int dim : {1, 5, 31, 70, 130}) {
+      for (const int size : {1, 2, 32}) {
+        expect_lanes_agree_on_state<TypeParam, float, Nearest>(size, dim, order);
+        expect_lanes_agree_on_state<TypeParam, bfloat16, Stochastic>(size, dim, order);
+      }
+    }
+  }
+}
+
+TYPED_TEST(EveryOptimizer, LanesSkipTogether) {
+  Random random(17);
+  OptimizedTable<float, TypeParam> table(1, 70, random);
+  const OptimizedTable<float, TypeParam> before = table;
+  std::vector<float> grad(70, 1.0f);
+  grad[69] = kInff;  // seen by one lane only
+  const auto update = RowUpdate<float, float, TypeParam, NoDecay, Nearest>::at(5, kLr);
+  HostWarp warp(32);
+  std::vector<char> done(32, 1);
+  warp.run<4>([&](const auto& group) {
+    done[static_cast<std::size_t>(group.rank())] =
+        update(group, table.row(), grad.data(), 70, ElementKey{});
+  });
+  EXPECT_EQ(done, std::vector<char>(32, 0));
+  EXPECT_TRUE(table == before);
+}
+
+// ------------------------------------------------------------------- own optimizers, not finite
+
+// Divides by the gradient: an element whose gradient is 0 moves by NaN or infinity, which neither the
+// mean of squares nor the row's multiplier tells. Promise: whether it claims that this cannot be.
+template <bool Promise>
+struct Quotient {
+  static constexpr int scalar_states = 1;
+  static constexpr int vector_states = 1;
+  static constexpr bool elements_finite = Promise;
+  static inline int evaluated = 0;
+  RowMultiplier row(float* scalars, float, float lr, std::int32_t) const {
+    *scalars += 1.0f;
+    return {lr};
+  }
+  float element(const RowMultiplier& row, float g, float* state) const {
+    ++evaluated;
+    *state += 1.0f;
+    return row.multiplier / g;
+  }
+};
+// The amount is always fine, its state is not.
+struct BadState : Quotient<false> {
+  float element(const RowMultiplier& row, float g, float* state) const {
+    *state += 1.0f / g;
+    return row.multiplier;
+  }
+};
+// Says nothing about elements.
+struct Silent {
+  static constexpr int scalar_states = 0;
+  static constexpr int vector_states = 0;
+  RowMultiplier row(float*, float, float lr, std::int32_t) const { return {lr}; }
+  float element(const RowMultiplier& row, float g, float*) const { return row.multiplier / g; }
+};
+static_assert(kElementsFinite<Quotient<true>> && !kElementsFinite<Quotient<false>> &&
+              !kElementsFinite<Silent>);
+
+template <class O, class W = float>
+void expect_skipped(int dim, int column) {
+  Random random(18);
+  OptimizedTable<W, O> table(1, dim, random);
+  const OptimizedTable<W, O> before = table;
+  std::vector<float> grad(static_cast<std::size_t>(dim), 0.5f);
+  auto update = RowUpdate<W, float, O, NoDecay, Nearest>::at(3, 0.5);
+  EXPECT_TRUE(update.finite(Serial{}, table.row(), grad.data(), dim));
+  grad[static_cast<std::size_t>(column)] = 0.0f;
+  EXPECT_FALSE(update.finite(Serial{}, table.row(), grad.data(), dim));
+  EXPECT_FALSE(update(Serial{}, table.row(), grad.data(), dim, {}));
+  EXPECT_TRUE(table == before) << "dim " << dim << ", column " << column;
+  for (const LaneOrder order : {LaneOrder::first_lane_first, LaneOrder::last_lane_first}) {
+    HostWarp warp(8, order);
+    warp.run<4>([&](const auto& group) {
+      EXPECT_FALSE(update.finite(group, table.row(), grad.data(), dim));
+      EXPECT_FALSE(update(group, table.row(), grad.data(), dim, ElementKey{}));
+    });
+    EXPECT_TRUE(table == before) << "lanes, dim " << dim << ", column " << column;
+  }
+  update.on_nonfinite = OnNonfinite::propagate;
+  EXPECT_TRUE(update(Serial{}, table.row(), grad.data(), dim, {}));
+  EXPECT_EQ(*table.row().prev_iter, 3);
+}
+
+TEST(RowUpdate, OneElementThatIsNotFiniteStopsTheRow) {
+  for (const int dim : {1, 15, 16, 17, 40, 70}) {
+    for (const int column : {0, dim / 2, dim - 1}) {
+      expect_skipped<Quotient<false>>(dim, column);
+      expect_skipped<Quotient<false>, half>(dim, column);
+      expect_skipped<BadState>(dim, column);
+      expect_skipped<Silent>(dim, column);
+    }
+  }
+}
+
+// (Beyond the end of a row a block is filled with zeros, of which Quotient makes infinity.)
+TEST(RowUpdate, ColumnsThatDoNotExistAreNotJudged) {
+  Random random(19);
+  for (const int dim : {1, 5, 17, 31}) {
+    OptimizedTable<float, Quotient<false>> table(1, dim, random);
+    const std::vector<float> start = table.weight;
+    const std::vector<float> grad(static_cast<std::size_t>(dim), 0.5f);
+    const auto update = RowUpdate<float, float, Quotient<false>, NoDecay, Nearest>::at(3, 0.25);
+    EXPECT_TRUE(update(Serial{}, table.row(), grad.data(), dim, {}));
+    HostWarp warp(8);
+    warp.run<4>([&](const auto& group) {
+      EXPECT_TRUE(update(group, table.row(), grad.data(), dim, ElementKey{}));
+    });
+    EXPECT_EQ(*table.row().scalars[0], 2.0f);
+    EXPECT_EQ(table.vectors[0], std::vector<float>(static_cast<std::size_t>(dim), 2.0f));
+    for (std::size_t d = 0; d < start.size(); ++d) {
+      EXPECT_NEAR(table.weight[d], start[d] - 1.0f, 1e-6f);
+    }
+  }
+}
+
+// What the promise is for: elements are evaluated once.
+template <bool Promise>
+int evaluations(OnNonfinite on_nonfinite, float g, bool* done) {
+  Random random(20);
+  OptimizedTable<float, Quotient<Promise>> table(1, 32, random);
+  const std::vector<float> grad(32, g);
+  auto update = RowUpdate<float, float, Quotient<Promise>, NoDecay, Nearest>::at(3, 0.5);
+  update.on_nonfinite = on_nonfinite;
+  Quotient<Promise>::evaluated = 0;
+  *done = update(Serial{}, table.row(), grad.data(), 32, {});
+  return Quotient<Promise>::evaluated;
+}
+
+TEST(RowUpdate, ElementsAreEvaluatedTwiceOnlyWithoutThePromise) {
+  bool done = false;
+  EXPECT_EQ(evaluations<true>(OnNonfinite::skip, 0.5f, &done), 32);
+  EXPECT_TRUE(done);
+  EXPECT_EQ(evaluations<false>(OnNonfinite::skip, 0.5f, &done), 64);
+  EXPECT_TRUE(done);
+  EXPECT_EQ(evaluations<false>(OnNonfinite::skip, 0.0f, &done), 32);
+  EXPECT_FALSE(done);
+  EXPECT_EQ(evaluations<true>(OnNonfinite::skip, 0.0f, &done), 32);  // it promised
+  EXPECT_TRUE(done);
+}
+
+// An own optimizer that is prepared: lr and step reach it there and nowhere else.
+struct PreparedScale {
+  float scale = 1.0f;
+  static constexpr int scalar_states = 0;
+  static constexpr int vector_states = 1;
+  struct AtStep {
+    float amount;
+    static constexpr int scalar_states = 0;
+    static constexpr int vector_states = 1;
+    RowMultiplier row(float*, float, float, std::int32_t) const { return {amount}; }
+    float element(const RowMultiplier& row, float, float* state) const {
+      return *state += row.multiplier;
+    }
+  };
+  AtStep prepare(std::int32_t step, double lr) const {
+    return {scale * static_cast<float>(step * lr)};
+  }
+};
+
+TEST(RowUpdate, OwnOptimizersArePreparedOnceAStep) {
+  Random random(21);
+  OptimizedTable<float, PreparedScale> table(1, 19, random);
+  table.weight.assign(19, 10.0f);
+  const std::vector<float> grad(19, 1.0f);
+  using Update = RowUpdate<float, float, PreparedScale, NoDecay, Nearest>;
+  EXPECT_TRUE(Update::at(2, 0.25, {2.0f})(Serial{}, table.row(), grad.data(), 19, {}));
+  EXPECT_TRUE(Update::at(4, 0.25, {2.0f})(Serial{}, table.row(), grad.data(), 19, {}));
+  EXPECT_EQ(table.vectors[0], std::vector<float>(19, 3.0f));  // 2*2/4 + 2*4/4
+  EXPECT_EQ(table.weight, std::vector<float>(19, 6.0f));      // 10 - 1 - 3
 }
 
 }  // namespace
