@@ -46,6 +46,107 @@ TEST(Reference, DecaysByHand) {
   EXPECT_EQ(decay(3, 5, 1.0, 5), 1.0);
 }
 
+// ------------------------------------------------------------------------------ optimizers by hand
+
+// One row of two columns, touched at steps 1 (gradient 3, 4: mean square 12.5) and 3 (-1, 1).
+struct ByHand {
+  std::vector<double> weight = {10.0, 20.0}, momentum1 = {0.0, 0.0}, momentum2 = {0.0, 0.0};
+  std::vector<double> touches = {0.0};
+  std::vector<std::int64_t> prev_iter = {0};
+
+  ByHand(const reference::Optimizer& optimizer, bool decay_state = false) {
+    reference::Update update{optimizer, {}, decay_state};
+    update.decay.kind = DecayKind::exponential;  // half of everything at step 3
+    update.decay.half_life = 2.0;
+    const std::vector<std::vector<double>> grads = {{3.0, 4.0}, {-1.0, 1.0}};
+    const std::int64_t index = 0;
+    for (const std::int64_t step : {1, 3}) {
+      weight = {10.0, 20.0};
+      reference::apply(update, weight.data(), 2,
+                       {prev_iter.data(), momentum1.data(), momentum2.data(), touches.data()},
+                       grads[static_cast<std::size_t>(step / 2)].data(), &index, 1, step, 0.5, 0);
+    }
+    EXPECT_EQ(prev_iter[0], 3);
+  }
+  void expect_weight(double first_amount, double second_amount) const {
+    EXPECT_NEAR(weight[0], 5.0 - first_amount, 1e-14);  // 10 and 20 fade to a half
+    EXPECT_NEAR(weight[1], 10.0 - second_amount, 1e-14);
+  }
+};
+
+using Kind = reference::OptimizerKind;
+
+TEST(ReferenceOptimizers, SGD) {
+  ByHand({9.0, 9.0, 9.0, Kind::sgd}).expect_weight(0.5 * -1.0, 0.5 * 1.0);
+}
+
+TEST(ReferenceOptimizers, RowwiseRMSprop) {
+  for (const bool fade : {false, true}) {
+    const ByHand run({0.25, 0.75, 9.0, Kind::rowwise_rmsprop}, fade);
+    const double v = 0.75 * (fade ? 0.5 : 1.0) * (0.25 * 12.5) + 0.25 * 1.0;
+    EXPECT_DOUBLE_EQ(run.momentum1[0], v);
+    EXPECT_EQ(run.momentum1[1], 0.0);
+    const double amount = 0.5 / (std::sqrt(v) + 0.25);
+    run.expect_weight(-amount, amount);
+  }
+}
+
+TEST(ReferenceOptimizers, RowwiseAdagrad) {
+  for (const bool fade : {false, true}) {
+    const ByHand run({0.25, 9.0, 9.0, Kind::rowwise_adagrad}, fade);
+    const double v = (fade ? 6.25 : 12.5) + 1.0;
+    EXPECT_DOUBLE_EQ(run.momentum1[0], v);
+    const double amount = 0.5 / (std::sqrt(v) + 0.25);
+    run.expect_weight(-amount, amount);
+  }
+}
+
+TEST(ReferenceOptimizers, Adagrad) {
+  for (const bool fade : {false, true}) {
+    const ByHand run({0.25, 9.0, 9.0, Kind::adagrad}, fade);
+    const double v0 = (fade ? 4.5 : 9.0) + 1.0, v1 = (fade ? 8.0 : 16.0) + 1.0;
+    EXPECT_EQ(run.momentum1, (std::vector<double>{v0, v1}));
+    run.expect_weight(-0.5 / (std::sqrt(v0) + 0.25), 0.5 / (std::sqrt(v1) + 0.25));
+  }
+}
+
+// beta1 1/2, beta2 3/4. The first touch leaves m = (1.5, 2) and v = (9/4, 4), or 25/8 for the row.
+TEST(ReferenceOptimizers, Adam) {
+  for (const bool fade : {false, true}) {
+    for (const bool by_touches : {false, true}) {
+      const ByHand run({0.25, 0.5, 0.75, Kind::adam, by_touches}, fade);
+      const double f = fade ? 0.5 : 1.0;
+      const double m0 = 0.5 * f * 1.5 - 0.5, m1 = 0.5 * f * 2.0 + 0.5;
+      const double v0 = 0.75 * f * 2.25 + 0.25, v1 = 0.75 * f * 4.0 + 0.25;
+      EXPECT_EQ(run.momentum1, (std::vector<double>{m0, m1}));
+      EXPECT_EQ(run.momentum2, (std::vector<double>{v0, v1}));
+      const double n = by_touches ? f + 1.0 : 3.0;
+      EXPECT_EQ(run.touches[0], by_touches ? n : 0.0);
+      const double c1 = 1.0 - std::exp2(-n), c2 = 1.0 - std::pow(0.75, n);
+      run.expect_weight(0.5 * (m0 / c1) / (std::sqrt(v0 / c2) + 0.25),
+                        0.5 * (m1 / c1) / (std::sqrt(v1 / c2) + 0.25));
+    }
+  }
+}
+
+TEST(ReferenceOptimizers, PartialRowwiseAdam) {
+  for (const bool fade : {false, true}) {
+    for (const bool by_touches : {false, true}) {
+      const ByHand run({0.25, 0.5, 0.75, Kind::partial_rowwise_adam, by_touches}, fade);
+      const double f = fade ? 0.5 : 1.0;
+      const double m0 = 0.5 * f * 1.5 - 0.5, m1 = 0.5 * f * 2.0 + 0.5;
+      const double v = 0.75 * f * 3.125 + 0.25;
+      EXPECT_EQ(run.momentum1, (std::vector<double>{m0, m1}));
+      EXPECT_DOUBLE_EQ(run.momentum2[0], v);
+      EXPECT_EQ(run.momentum2[1], 0.0);
+      const double n = by_touches ? f + 1.0 : 3.0;
+      const double c1 = 1.0 - std::exp2(-n), c2 = 1.0 - std::pow(0.75, n);
+      const double root = std::sqrt(v / c2) + 0.25;
+      run.expect_weight(0.5 * (m0 / c1) / root, 0.5 * (m1 / c1) / root);
+    }
+  }
+}
+
 // charge="read": the forward reads decayed rows, the update charges the whole gap. Equal to the
 // loop that decays every row in every step.
 TEST(Reference, LazyDecayIsTheDenseLoop) {

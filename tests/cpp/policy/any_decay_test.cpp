@@ -80,5 +80,72 @@ TEST(AnyDecay, EpochReset) {
   expect_same_gated_and_not(any, EpochReset{});
 }
 
+// ------------------------------------------------------------------------- known by functions alone
+
+// Through the functions of a decay that AnyDecay does not know, gated and not.
+template <class Policy>
+void expect_same_through_functions(const Policy& policy) {
+  static constexpr ExternalDecay functions = ExternalDecay::of<Policy>();
+  AnyDecay any;
+  any.kind = DecayKind::external;
+  any.external = &functions;
+  any.external_policy = &policy;
+  // What belongs to other kinds is not looked at.
+  any.linear_clipped = {kNanf, kNanf};
+  any.constant = {kNanf};
+  expect_same_gated_and_not(any, policy);
+}
+
+TEST(ExternalDecay, BuiltInPolicies) {
+  expect_same_through_functions(NoDecay{});
+  expect_same_through_functions(LinearClipped{1e-3f, 0.1f});
+  expect_same_through_functions(CumulativeLinear{1e-3});
+  expect_same_through_functions(CumulativeLinear{1e-9});
+  expect_same_through_functions(Exponential{0.01});
+  expect_same_through_functions(Exponential{0.0, 30.0});
+  expect_same_through_functions(Constant{0.3f});
+  expect_same_through_functions(EpochReset{});
+}
+
+// Gates of its own, so a first touch of its own.
+TEST(ExternalDecay, PolicyThatIsGatedItself) {
+  const EpochGated<Exponential> policy{{0.5}, {}};
+  static constexpr ExternalDecay functions = ExternalDecay::of<EpochGated<Exponential>>();
+  AnyDecay any;
+  any.kind = DecayKind::external;
+  any.external = &functions;
+  any.external_policy = &policy;
+  expect_same(any, policy);
+}
+
+// All that a policy may have, and as many bytes of it as fit.
+struct Everything {
+  double half_life = 20.0;
+  struct AtStep {
+    double half_life, rate;
+    std::int32_t step, since;
+    float more[10];
+    COLDROW_HD float operator()(std::int32_t gap, float lr) const {
+      const double steps = static_cast<double>(gap) + (since > 0 ? step % 7 : 0);
+      return static_cast<float>(exp2_fixed(-steps / half_life)) * (1.0f - lr * more[9]);
+    }
+    COLDROW_HD float first_touch(float lr) const { return 1.0f - static_cast<float>(rate) * lr; }
+  };
+  COLDROW_HD AtStep prepare(std::int32_t step, double lr, std::int32_t epoch_start) const {
+    AtStep out{half_life, lr * 0.125, step, epoch_start > 0 ? step - epoch_start : 0, {}};
+    out.more[9] = 0.25f;
+    return out;
+  }
+  COLDROW_HD float operator()(std::int32_t gap, float lr) const {
+    return prepare(0, lr, 0)(gap, lr);
+  }
+};
+static_assert(sizeof(Everything::AtStep) == ExternalDecay::capacity);
+
+TEST(ExternalDecay, OwnPolicyWithAllThatThereIs) {
+  expect_same_through_functions(Everything{});
+  expect_same_through_functions(Everything{3.0});
+}
+
 }  // namespace
 }  // namespace coldrow_test
