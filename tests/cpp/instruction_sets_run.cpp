@@ -11,14 +11,15 @@ using namespace coldrow;
 
 namespace {
 
-template <class W, class Rounding>
-void train_with(const Training& t, const Rounding& rounding) {
-  Table<W, RowwiseRMSprop> table;
+template <class W, class Optimizer, class Rounding>
+void train_with(const Training& t, const Optimizer& optimizer, const Rounding& rounding) {
+  Table<W, Optimizer> table;
   table.weight = static_cast<W*>(t.weight);
   table.rows = t.rows;
   table.dim = t.dim;
   table.prev_iter = {t.prev_iter};
-  table.scalars[0] = {t.momentum1};
+  for (int i = 0; i < Optimizer::scalar_states; ++i) table.scalars[i] = {t.scalars[i]};
+  for (int i = 0; i < Optimizer::vector_states; ++i) table.vectors[i] = t.vectors[i];
   AnyDecay decay;
   for (std::int32_t step = 1; step <= 40; ++step) {
     decay.kind = static_cast<DecayKind>(step % 6);
@@ -26,8 +27,8 @@ void train_with(const Training& t, const Rounding& rounding) {
     decay.cumulative_linear = {0.01};
     decay.exponential = {0.7};
     decay.constant = {0.7f};
-    const auto update = RowUpdate<W, float, RowwiseRMSprop, AnyDecay, Rounding>::at(
-        step, 0.05, {}, decay, rounding, step % 2 == 0, step > 20 ? 20 : 0);
+    const auto update = RowUpdate<W, float, Optimizer, AnyDecay, Rounding>::at(
+        step, 0.05, optimizer, decay, rounding, step % 2 == 0, step > 20 ? 20 : 0);
     for (std::int64_t r = 0; r < t.rows; ++r) {
       if ((r * 7 + step) % 5 != 0) continue;
       const float* grad = t.grad + (r + step) % t.rows * t.dim;
@@ -48,25 +49,48 @@ void train_with(const Training& t, const Rounding& rounding) {
   }
 }
 
-template <class W>
-void train_rounded(const Training& t) {
-  if (t.stochastic) {
-    train_with<W>(t, Stochastic{3});
-  } else {
-    train_with<W>(t, Nearest{});
+template <class Optimizer>
+void train_optimizer(const Training& t, const Optimizer& optimizer) {
+  const auto rounded = [&](auto weight) {
+    using W = decltype(weight);
+    if constexpr (std::same_as<W, float>) {
+      train_with<W>(t, optimizer, Nearest{});  // stored unrounded
+    } else if (t.stochastic) {
+      train_with<W>(t, optimizer, Stochastic{3});
+    } else {
+      train_with<W>(t, optimizer, Nearest{});
+    }
+  };
+  switch (t.weight_type) {
+    case WeightType::f32:
+      return rounded(float{});
+    case WeightType::f16:
+      return rounded(half{});
+    case WeightType::bf16:
+      return rounded(bfloat16{});
   }
 }
 
 }  // namespace
 
 void train(const Training& t) {
-  switch (t.weight_type) {
-    case WeightType::f32:
-      return train_rounded<float>(t);
-    case WeightType::f16:
-      return train_rounded<half>(t);
-    case WeightType::bf16:
-      return train_rounded<bfloat16>(t);
+  switch (t.optimizer) {
+    case OptimizerType::sgd:
+      return train_optimizer(t, SGD{});
+    case OptimizerType::rowwise_rmsprop:
+      return train_optimizer(t, RowwiseRMSprop{});
+    case OptimizerType::rowwise_adagrad:
+      return train_optimizer(t, RowwiseAdagrad{});
+    case OptimizerType::adagrad:
+      return train_optimizer(t, Adagrad{});
+    case OptimizerType::adam:
+      return train_optimizer(t, Adam<BiasCorrection::clock>{});
+    case OptimizerType::adam_by_touches:
+      return train_optimizer(t, Adam<BiasCorrection::row>{});
+    case OptimizerType::partial_rowwise_adam:
+      return train_optimizer(t, PartialRowwiseAdam<BiasCorrection::clock>{});
+    case OptimizerType::partial_rowwise_adam_by_touches:
+      return train_optimizer(t, PartialRowwiseAdam<BiasCorrection::row>{});
   }
 }
 
