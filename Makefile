@@ -8,11 +8,12 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 SOURCES := $(shell find include bindings python/coldrow -type f -not -name '*.pyc') \
            CMakeLists.txt pyproject.toml
 
-.PHONY: help build demo test test-python test-cpp lint format bench clean
+.PHONY: help build demo test test-python test-cpp test-fbgemm lint format bench clean
 
 help:
 	@echo "make demo    train a click model on real ratings with and without forgetting (1 to 2 minutes)"
 	@echo "make test    build, then the Python and the C++ tests"
+	@echo "make test-fbgemm  coldrow.compat.fbgemm beside FBGEMM (its own environment)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
@@ -86,6 +87,37 @@ $(BENCH)/.installed: constraints.txt $(SOURCES)
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cpu.py $(ARGS)
+
+# coldrow.compat.fbgemm beside FBGEMM itself: the same training, and FBGEMM's own tests of
+# ROWWISE_RMSPROP_AR where FBGEMM_SOURCE names a checkout of its repository (its wheel has none).
+# Each FBGEMM wants one torch. 1.9.0 has that optimizer; its torch is by default the CUDA build, some
+# gigabytes. FBGEMM_VERSION=1.8.0 is smaller, has the others, and comes with TorchRec 1.8, whose fused
+# kernels are then run on the stand-in.
+FBGEMM_VERSION ?= 1.9.0
+TORCHREC_FOR_1.8.0 := torchrec==1.8.0 torchmetrics==1.0.3 tensordict pyvers cloudpickle tqdm \
+                      pyre-extensions typing-inspect mypy-extensions lightning-utilities packaging
+TORCH_OF_1.8.0 := 2.13.0
+TORCH_OF_1.9.0 := 2.14.0
+FBGEMM := $(CURDIR)/build/fbgemm-$(FBGEMM_VERSION)
+$(FBGEMM)/.requirements:
+	$(PYTHON) -m venv $(FBGEMM)
+	$(FBGEMM)/bin/python -m pip install -q torch==$(TORCH_OF_$(FBGEMM_VERSION)) numpy hypothesis pytest
+	$(FBGEMM)/bin/python -m pip install -q --no-deps fbgemm-gpu-cpu==$(FBGEMM_VERSION) \
+	    $(TORCHREC_FOR_$(FBGEMM_VERSION))
+	@touch $@
+
+$(FBGEMM)/.installed: $(FBGEMM)/.requirements $(VENV)/.requirements $(SOURCES)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps \
+	    -C cmake.define.COLDROW_WERROR=ON -w $(FBGEMM)/wheel .
+	$(FBGEMM)/bin/python -m pip install -q --no-deps --force-reinstall $(FBGEMM)/wheel/coldrow-*.whl
+	@touch $@
+
+# FBGEMM 1.9 finds the CPU's instruction sets only with torch's libc10 loaded first.
+test-fbgemm: $(FBGEMM)/.installed
+	@set -e; export LD_PRELOAD="$$(ls $(FBGEMM)/lib/python3.*/site-packages/torch/lib/libc10.so)"; \
+	$(FBGEMM)/bin/python -m pytest -p no:warnings tests/fbgemm $(ARGS); \
+	$(FBGEMM)/bin/python tests/fbgemm/theirs.py --build $(FBGEMM)/tests --real; \
+	$(FBGEMM)/bin/python tests/fbgemm/theirs.py --build $(FBGEMM)/tests
 
 clean:
 	rm -rf build .venv
