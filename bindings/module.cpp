@@ -161,8 +161,11 @@ NB_MODULE(_core, m) {
 
   nb::class_<TableBatch>(m, "TableBatch", "Tables and features of a table-batched module.")
       .def(nb::init<std::vector<std::string>, std::vector<std::uint64_t>,
-                    std::vector<std::int32_t>>(),
-           "names"_a, "keys"_a, "feature_tables"_a)
+                    std::vector<std::int32_t>, std::vector<std::int64_t>,
+                    std::vector<std::int64_t>>(),
+           "names"_a, "keys"_a, "feature_tables"_a,
+           "row_offsets"_a = std::vector<std::int64_t>(),
+           "col_offsets"_a = std::vector<std::int64_t>())
       .def("lookup", &TableBatch::lookup, "weights"_a, "prev_iters"_a, "updates"_a, "lrs"_a,
            "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
            "batch_sizes"_a.none(), "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "out"_a.none())
@@ -172,7 +175,7 @@ NB_MODULE(_core, m) {
       .def("update", &TableBatch::update, "weights"_a, "states"_a, "prev_iters"_a, "updates"_a,
            "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
            "batch_sizes"_a.none(), "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a.none(),
-           "on_nonfinite"_a);
+           "on_nonfinite"_a, "check_only"_a = false);
 
   m.def(
       "factor",

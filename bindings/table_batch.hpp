@@ -8,12 +8,21 @@ namespace coldrow_module {
 // Tables and features of a TableBatchedEmbeddingBags: names and layout, no arrays.
 class TableBatch {
  public:
+  // row_offsets, col_offsets: where each table begins in the one it is a shard of; empty: all whole.
   TableBatch(std::vector<std::string> names, std::vector<std::uint64_t> keys,
-             std::vector<std::int32_t> feature_tables)
+             std::vector<std::int32_t> feature_tables, std::vector<std::int64_t> row_offsets,
+             std::vector<std::int64_t> col_offsets)
       : names_(std::move(names)),
         keys_(std::move(keys)),
-        feature_tables_(std::move(feature_tables)) {
+        feature_tables_(std::move(feature_tables)),
+        row_offsets_(std::move(row_offsets)),
+        col_offsets_(std::move(col_offsets)) {
+    if (row_offsets_.empty()) row_offsets_.resize(names_.size());
+    if (col_offsets_.empty()) col_offsets_.resize(names_.size());
     if (names_.size() != keys_.size()) bad_value("keys: accepted: one per table");
+    if (names_.size() != row_offsets_.size() || names_.size() != col_offsets_.size()) {
+      bad_value("row_offsets, col_offsets: accepted: one per table, or none");
+    }
     for (const std::int32_t t : feature_tables_) {
       if (t < 0 || static_cast<std::size_t>(t) >= names_.size()) {
         bad_value("feature_tables: got " + std::to_string(t) + ", accepted: a table's number");
@@ -61,7 +70,7 @@ class TableBatch {
                       nb::sequence updates, std::vector<double> lrs, nb::handle indices,
                       nb::handle offsets, nb::handle per_sample_weights, nb::handle batch_sizes,
                       const std::string& pooling, std::int64_t step, std::int64_t epoch_start,
-                      nb::handle grad, const std::string& on_nonfinite) {
+                      nb::handle grad, const std::string& on_nonfinite, bool check_only) {
     const std::unique_lock lock(busy_, std::try_to_lock);
     if (!lock.owns_lock()) {
       throw std::runtime_error("these tables are being updated by another thread");
@@ -76,7 +85,7 @@ class TableBatch {
     require_elements(g, call);
     call.read.push_back(g);
     call.check_overlap(false);
-    return run_update(call, g, on_nonfinite, false, false, scratch_);
+    return run_update(call, g, on_nonfinite, false, check_only, scratch_);
   }
 
  private:
@@ -104,6 +113,8 @@ class TableBatch {
       TableArgs& table = call.tables[t];
       table.name = names_[t].c_str();
       table.key = keys_[t];
+      table.row_offset = row_offsets_[t];
+      table.col_offset = col_offsets_[t];
       take_weight(call, table, weights[t], access);
       if (with_state) {
         take_prev_iter(call, table, prev_iters[t], access);
@@ -188,6 +199,7 @@ class TableBatch {
   std::vector<std::string> names_;
   std::vector<std::uint64_t> keys_;
   std::vector<std::int32_t> feature_tables_;
+  std::vector<std::int64_t> row_offsets_, col_offsets_;
   Scratch scratch_;
   std::mutex busy_;
 };
