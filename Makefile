@@ -8,11 +8,12 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 SOURCES := $(shell find include bindings python/coldrow -type f -not -name '*.pyc') \
            CMakeLists.txt pyproject.toml
 
-.PHONY: help build demo test test-python test-cpp test-fbgemm lint format bench clean
+.PHONY: help build demo test test-python test-cpp test-distributed test-fbgemm lint format bench clean
 
 help:
 	@echo "make demo    train a click model on real ratings with and without forgetting (1 to 2 minutes)"
 	@echo "make test    build, then the Python and the C++ tests"
+	@echo "make test-distributed   2 and 4 processes against one, with TorchRec where it can be installed"
 	@echo "make test-fbgemm  coldrow.compat.fbgemm beside FBGEMM (its own environment)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
@@ -60,6 +61,21 @@ test-cpp: build
 	else \
 	  echo "C++ tests NOT run: GoogleTest is not installed. Get it: apt-get install libgtest-dev"; \
 	fi
+
+# TorchRec lives in an environment of its own, on top of .venv (its torch and coldrow are seen through a
+# .pth file). --no-deps: its requirements name another build of FBGEMM. Where it cannot be had, the tests
+# without it still run, unless COLDROW_REQUIRE_TORCHREC is set (as CI does).
+DISTRIBUTED := $(CURDIR)/build/distributed-venv
+$(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
+	$(PYTHON) -m venv --clear $(DISTRIBUTED)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	    > $$(echo $(DISTRIBUTED)/lib/python3*/site-packages)/below.pth
+	$(DISTRIBUTED)/bin/python -m pip install -q --no-deps -r requirements-torchrec.txt \
+	  || { [ -z "$$COLDROW_REQUIRE_TORCHREC" ] && echo "TorchRec NOT installed: its tests will not run"; }
+	@touch $@
+
+test-distributed: build $(DISTRIBUTED)/.installed
+	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)
 
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.cu' '*.cuh')
 

@@ -12,6 +12,6 @@ def pools():
         pool.stop()
 
 
-@pytest.fixture(params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(params=[2, 4], ids=["2ranks", "4ranks"])
 def workers(request, pools):
     return pools[request.param]
