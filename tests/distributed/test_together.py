@@ -58,9 +58,10 @@ def misbehave(rank, world, how: str, culprit: int, options):
         emb.lr = 0.5
     if how == "epoch" and mine:
         emb.new_epoch()
-    said = None
+    said, stage = None, "forward"
     try:
         out = emb(indices, offsets, weights)
+        stage = "backward"
         if how == "grad_scale" and mine:
             emb.grad_scale = 2.0
         if how == "evicted" and mine:
@@ -79,7 +80,7 @@ def misbehave(rank, world, how: str, culprit: int, options):
     if how == "epoch" and not mine:
         emb._epoch_start.fill_(2)
     call(emb, CASE, batches[4])
-    return said, same, ticked, emb.clock
+    return said, same, ticked, emb.clock, stage
 
 
 REFUSED = {
@@ -111,7 +112,8 @@ def test_what_one_rank_refuses_raises_everywhere(how, workers):
             r != culprit for r in range(workers.world)
         ]
         assert f"rank {culprit} raised, so no rank goes on" in outcomes[0][0]
-    assert all(o[1:] == (True, 0, 9) for o in outcomes)
+    stage = "backward" if how in ("evicted", "gradient") else "forward"
+    assert all(o[1:] == (True, 0, 9, stage) for o in outcomes)
 
 
 DIFFER = ["weights of one rank", "eval", "clock", "lr", "epoch", "grad_scale"]
@@ -121,7 +123,8 @@ DIFFER = ["weights of one rank", "eval", "clock", "lr", "epoch", "grad_scale"]
 def test_ranks_that_differ_raise_everywhere(how, workers):
     outcomes = workers.run(misbehave, how, 0, {})
     assert all(o[0].startswith("ValueError: the ranks differ in clock, lr") for o in outcomes)
-    assert all(o[1:] == (True, 0, 9) for o in outcomes)
+    stage = "backward" if how == "grad_scale" else "forward"
+    assert all(o[1:] == (True, 0, 9, stage) for o in outcomes)
 
 
 def test_a_second_forward(pools):

@@ -203,7 +203,7 @@ def contents(model) -> dict[str, list]:
     return found
 
 
-def step_on(model, case: Case, features: list[dict]):
+def forward(model, case: Case, features: list[dict]) -> list[torch.Tensor]:
     from torchrec import KeyedJaggedTensor
 
     keys = [f for t in case.tables() for f in t.features]
@@ -215,9 +215,12 @@ def step_on(model, case: Case, features: list[dict]):
     )
     out = model(kjt)
     if case.pooling == "none":
-        parts = [out[key].values() for key in keys]
-    else:
-        parts = [out.to_dict()[key] for key in keys]
+        return [out[key].values() for key in keys]
+    return [out.to_dict()[key] for key in keys]
+
+
+def step_on(model, case: Case, features: list[dict]):
+    parts = forward(model, case, features)
     torch.autograd.backward(parts, [f["grad"] for f in features])
     return [p.detach().clone() for p in parts]
 
@@ -231,27 +234,19 @@ def run(rank, world, case: Case, steps=None):
             sharded(model).new_epoch()
         outputs.append(step_on(model, case, ranks[rank]))
         assert int(sharded(model).clock) == step + 1
-    with torch.no_grad():
-        before = contents(model)
-        model.eval()
-        from torchrec import KeyedJaggedTensor
-
-        features = case.batches(world)[0][rank]
-        model(
-            KeyedJaggedTensor(
-                keys=[f for t in case.tables() for f in t.features],
-                values=torch.cat([f["indices"] for f in features]),
-                lengths=torch.cat([f["lengths"] for f in features]),
-                weights=torch.cat([f["weights"] for f in features]) if case.weighted else None,
-            )
-        ).wait()
-        after = contents(model)
-        assert all(
-            torch.equal(a[1], b[1])
-            for k in before
-            for a, b in zip(before[k], after[k], strict=True)
-        )
-        assert int(sharded(model).clock) == len(outputs)
+    before = contents(model)
+    model.eval()
+    features = case.batches(world)[0][rank]
+    kept = forward(model, case, features)
+    after = contents(model)
+    assert all(
+        bits(a[1]) == bits(b[1]) for k in before for a, b in zip(before[k], after[k], strict=True)
+    )
+    assert int(sharded(model).clock) == len(outputs)
+    model.train()
+    step_on(model, case, features)  # what was read above waits for no backward
+    assert len(kept) == len(features)
+    assert int(sharded(model).clock) == len(outputs) + 1
     return outputs, before
 
 
