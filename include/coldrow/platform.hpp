@@ -25,6 +25,11 @@
 #define COLDROW_HD inline
 #endif
 
+// Code as a device runs it: in nvcc's device pass, and in the tests' stand-in for one on the host.
+#if defined(__CUDA_ARCH__) || defined(COLDROW_SIMT)
+#define COLDROW_ON_DEVICE
+#endif
+
 // A function of a few instructions that must not become a call (vectors would go through memory).
 #if defined(__CUDACC__)
 #define COLDROW_INLINE COLDROW_HD

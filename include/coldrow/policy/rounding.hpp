@@ -54,20 +54,50 @@ struct Stochastic {
     const int skip = static_cast<int>(first & 7);
     // One Philox call serves eight columns; a start that is no multiple of eight needs one more.
     constexpr int kCalls = (N + 7) / 8;
+    const auto eight = [&](std::int64_t which) {
+      return philox4x32_10({{static_cast<std::uint32_t>(which), static_cast<std::uint32_t>(key.row),
+                             static_cast<std::uint32_t>(static_cast<std::uint64_t>(key.row) >> 32),
+                             static_cast<std::uint32_t>(key.step)}},
+                           static_cast<std::uint32_t>(k), static_cast<std::uint32_t>(k >> 32));
+    };
+#if defined(COLDROW_ON_DEVICE)
+    // The same numbers, two to a word. The first `skip` are dropped by moves of four, two and one:
+    // an index that is no constant would put the array into a device's memory.
+    constexpr int kWords = 4 * (kCalls + 1);
+    std::uint32_t word[kWords] = {};
+    COLDROW_LANES
+    for (int c = 0; c <= kCalls; ++c) {
+      if (8 * c >= skip + N) continue;
+      const Philox4 r = eight((first >> 3) + c);
+      COLDROW_LANES
+      for (int i = 0; i < 4; ++i) word[4 * c + i] = r.word[i];
+    }
+    if ((skip & 4) != 0) {
+      COLDROW_LANES
+      for (int i = 0; i + 2 < kWords; ++i) word[i] = word[i + 2];
+    }
+    if ((skip & 2) != 0) {
+      COLDROW_LANES
+      for (int i = 0; i + 1 < kWords; ++i) word[i] = word[i + 1];
+    }
+    if ((skip & 1) != 0) {
+      COLDROW_LANES
+      for (int i = 0; i + 1 < kWords; ++i) word[i] = word[i] >> 16 | word[i + 1] << 16;
+    }
+    COLDROW_LANES
+    for (int i = 0; i < N; ++i) out[i] = i % 2 != 0 ? word[i / 2] >> 16 : word[i / 2] & 0xffffu;
+#else
     std::uint32_t bits[8 * (kCalls + 1)] = {};
     const int calls = (skip + N + 7) / 8;
     for (int c = 0; c < calls; ++c) {
-      const Philox4 r = philox4x32_10(
-          {{static_cast<std::uint32_t>((first >> 3) + c), static_cast<std::uint32_t>(key.row),
-            static_cast<std::uint32_t>(static_cast<std::uint64_t>(key.row) >> 32),
-            static_cast<std::uint32_t>(key.step)}},
-          static_cast<std::uint32_t>(k), static_cast<std::uint32_t>(k >> 32));
+      const Philox4 r = eight((first >> 3) + c);
       for (int i = 0; i < 4; ++i) {
         bits[8 * c + 2 * i] = r.word[i] & 0xffffu;
         bits[8 * c + 2 * i + 1] = r.word[i] >> 16;
       }
     }
     for (int i = 0; i < N; ++i) out[i] = bits[skip + i];
+#endif
   }
 };
 

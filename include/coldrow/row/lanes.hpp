@@ -150,10 +150,72 @@ COLDROW_INLINE float sum(const Lanes<16>& x) {
 }
 #endif
 
+#if defined(__CUDACC__) || defined(COLDROW_SIMT)
+// On a device a block is moved in accesses of 16 bytes (or all it has) where its address allows it,
+// which every block does in rows of a size that is a multiple of 16.
+template <int Bytes>
+struct alignas(Bytes) Words {
+  std::uint32_t word[Bytes / 4];
+};
+template <int N, class T>
+inline constexpr int kAccess = min_of<int>(16, N * static_cast<int>(sizeof(T)));
+
+template <int N, class T>
+COLDROW_INLINE bool is_aligned(const T* p) {
+  return kAccess<N, T> >= 4 && reinterpret_cast<std::uintptr_t>(p) % kAccess<N, T> == 0;
+}
+template <class T, int Bytes>
+COLDROW_INLINE T value_in(const Words<Bytes>& words, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<T>(words.word[i]);
+  } else {
+    return {static_cast<std::uint16_t>(words.word[i / 2] >> (i % 2 * 16))};
+  }
+}
+template <int N, class T>
+COLDROW_INLINE void load_aligned(const T* p, float (&out)[N]) {
+  constexpr int kBytes = max_of(4, kAccess<N, T>);
+  constexpr int kValues = kBytes / static_cast<int>(sizeof(T));
+  COLDROW_LANES
+  for (int i = 0; i < N / kValues; ++i) {
+    const auto words = *reinterpret_cast<const Words<kBytes>*>(p + i * kValues);
+    COLDROW_LANES
+    for (int k = 0; k < kValues; ++k) {
+      out[i * kValues + k] = Convert<T>::widen(value_in<T>(words, k));
+    }
+  }
+}
+template <int N, class T>
+COLDROW_INLINE void store_aligned(const T (&values)[N], T* p) {
+  constexpr int kBytes = max_of(4, kAccess<N, T>);
+  constexpr int kValues = kBytes / static_cast<int>(sizeof(T));
+  COLDROW_LANES
+  for (int i = 0; i < N / kValues; ++i) {
+    Words<kBytes> words;
+    COLDROW_LANES
+    for (int w = 0; w < kBytes / 4; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        words.word[w] = bit_cast<std::uint32_t>(values[i * kValues + w]);
+      } else {
+        const int k = i * kValues + 2 * w;
+        words.word[w] = values[k].bits | static_cast<std::uint32_t>(values[k + 1].bits) << 16;
+      }
+    }
+    *reinterpret_cast<Words<kBytes>*>(p + i * kValues) = words;
+  }
+}
+#endif
+
 // The array form.
 
 template <int N, Numeric T>
 COLDROW_INLINE void load(Lanes<N>& x, const T* p) {
+#if defined(COLDROW_ON_DEVICE)
+  if (is_aligned<N>(p)) {
+    load_aligned(p, x.v);
+    return;
+  }
+#endif
   COLDROW_LANES
   for (int k = 0; k < N; ++k) x.v[k] = Convert<T>::widen(p[k]);
 }
@@ -210,23 +272,45 @@ COLDROW_INLINE void store(const float (&x)[N], const Rounding& rounding,
     return;
   }
 #endif
+#if defined(COLDROW_ON_DEVICE)
+  if (is_aligned<N>(p)) {
+    T rounded[N];
+    COLDROW_LANES
+    for (int k = 0; k < N; ++k) rounded[k] = rounding.template round<T>(x[k], random16[k]);
+    store_aligned(rounded, p);
+    return;
+  }
+#endif
   COLDROW_LANES
   for (int k = 0; k < N; ++k) p[k] = rounding.template round<T>(x[k], random16[k]);
 }
 
 // The end of a row: `count` < N columns. What lies beyond reads as zero and is not written.
+// (On a device every index into an array is a constant, or the array would lie in memory.)
 template <int N, Numeric T>
 COLDROW_INLINE void load_partial(Lanes<N>& x, const T* p, int count) {
+#if defined(COLDROW_ON_DEVICE)
+  COLDROW_LANES
+  for (int k = 0; k < N; ++k) x.v[k] = k < count ? Convert<T>::widen(p[k]) : 0.0f;
+#else
   T padded[N] = {};
   for (int k = 0; k < count; ++k) padded[k] = p[k];
   load(x, padded);
+#endif
 }
 template <int N, Numeric T, RoundingPolicy Rounding>
 COLDROW_INLINE void store_partial(const float (&x)[N], const Rounding& rounding,
                                   const std::uint32_t (&random16)[N], T* p, int count) {
+#if defined(COLDROW_ON_DEVICE)
+  COLDROW_LANES
+  for (int k = 0; k < N; ++k) {
+    if (k < count) p[k] = rounding.template round<T>(x[k], random16[k]);
+  }
+#else
   T padded[N];
   store(x, rounding, random16, padded);
   for (int k = 0; k < count; ++k) p[k] = padded[k];
+#endif
 }
 
 COLDROW_END

@@ -1,0 +1,116 @@
+// Launch choices: small structs that can be compared, picked by functions without state. Nothing here
+// needs CUDA. No result depends on a choice, except on the constants of long runs (kPart and below),
+// which fix the order in which a long run is summed and are therefore no choices.
+#pragma once
+
+#include "../numeric/math.hpp"
+
+COLDROW_BEGIN
+
+namespace device {
+
+struct Launch {
+  int blocks = 1;
+  int threads = 32;
+  int shared_bytes = 0;
+  bool operator==(const Launch&) const = default;
+};
+
+// What a selector has to know of the device.
+struct Machine {
+  int multiprocessors = 1;
+  bool operator==(const Machine&) const = default;
+};
+
+// A run of at most kLongRun entries is summed in one go, in the order of the batch. A longer one is
+// cut, from its own beginning, into parts of kPart entries, each summed in the order of the batch; the
+// parts are then summed in order, where there are more than kMaxParts in at most kMaxParts slices of
+// equal numbers of parts first. So the sum of a row depends on its own gradients alone.
+inline constexpr int kPart = 64;
+inline constexpr int kLongRun = 2 * kPart;
+inline constexpr int kMaxParts = 64;
+
+inline constexpr int kThreads = 128;
+// Blocks a multiprocessor is to hold at once: what bounds the registers of a thread. These are the
+// largest numbers at which the compiler keeps everything in registers (nvcc 13.0, sm_90).
+inline constexpr int kApplyBlocks = 5;
+inline constexpr int kLookupBlocks = 5;
+inline constexpr int kWeightGradientBlocks = 4;
+inline constexpr int kThreadsPerMultiprocessor = 2048;
+inline constexpr int kMaxShared = 48 * 1024;  // what a block may have without asking for more
+
+// A tile takes this many items one after another before its block looks which table comes next.
+inline constexpr int kRounds = 8;
+
+COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Neighbouring columns of a row that one lane handles at once: 16 bytes of them.
+COLDROW_HD constexpr int block_for(int weight_bytes) { return 16 / weight_bytes; }
+
+// Lanes that work on a row together: enough to take it in one go, at most a warp.
+COLDROW_HD constexpr int lanes_for(int dim, int block) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * block < dim) lanes *= 2;
+  return lanes;
+}
+
+// One thread per item, as many as are of use: a grid-stride loop takes the rest.
+constexpr Launch choose_flat(std::int64_t items, Machine machine) {
+  const std::int64_t most =
+      std::int64_t{machine.multiprocessors} * (kThreadsPerMultiprocessor / kThreads);
+  return {static_cast<int>(max_of<std::int64_t>(1, min_of(divide_up(items, kThreads), most))),
+          kThreads, 0};
+}
+
+// Tiles of up to 32 lanes over at most `items` items of up to `groups` tables or features.
+constexpr Launch choose_tiles(std::int64_t items, std::int64_t groups, int threads,
+                              Machine machine) {
+  const std::int64_t most =
+      2 * std::int64_t{machine.multiprocessors} * (kThreadsPerMultiprocessor / threads);
+  const std::int64_t full = divide_up(items, std::int64_t{threads} / 32 * kRounds) + groups;
+  return {static_cast<int>(max_of<std::int64_t>(1, min_of(full, most))), threads, 0};
+}
+
+// The update of rows: every tile keeps the summed gradient of its row in shared memory, or, where rows
+// are so wide that a single warp's would not fit, in the workspace.
+struct ApplyLaunch {
+  Launch launch{};
+  bool sums_in_workspace = false;
+  std::int64_t workspace_floats = 0;
+  bool operator==(const ApplyLaunch&) const = default;
+};
+
+// Floats between the sums of neighbouring tiles: whole 16-byte accesses.
+COLDROW_HD constexpr std::int64_t sum_stride(int dim) { return (std::int64_t{dim} + 7) / 8 * 8; }
+
+// fixed_bytes: shared memory the block needs besides. widest: the largest dim of its tables. narrowest
+// tiles: a tile of few lanes has a short row, so a block's sums take the most room where dim is large.
+constexpr ApplyLaunch choose_apply(std::int64_t items, std::int64_t groups, int widest, int block,
+                                   int fixed_bytes, Machine machine) {
+  int threads = kThreads;
+  const auto bytes = [&](int n) {
+    // The widest row in tiles of 32, or any narrower one in tiles that just hold it.
+    const std::int64_t wide = n / 32 * sum_stride(widest);
+    const std::int64_t narrow = n * sum_stride(block);
+    return fixed_bytes + max_of(wide, narrow) * 4;
+  };
+  while (threads > 32 && bytes(threads) > kMaxShared) threads /= 2;
+  ApplyLaunch choice;
+  choice.launch = choose_tiles(items, groups, threads, machine);
+  if (bytes(threads) <= kMaxShared) {
+    choice.launch.shared_bytes = static_cast<int>(bytes(threads));
+  } else {
+    // One warp to a multiprocessor's quarter: the sums of more would not stay in its caches.
+    choice.launch.blocks = min_of(choice.launch.blocks, 4 * machine.multiprocessors);
+    choice.launch.shared_bytes = fixed_bytes;
+    choice.sums_in_workspace = true;
+    choice.workspace_floats = choice.launch.blocks * max_of(sum_stride(widest), 32 * sum_stride(block));
+  }
+  return choice;
+}
+
+}  // namespace device
+
+COLDROW_END

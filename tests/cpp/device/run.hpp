@@ -1,0 +1,314 @@
+// A test batch and its tables as a caller of the device drivers has them, and the same through the
+// host drivers. "Device memory" is the host's: what a driver may not touch is beyond a page that
+// faults, what it must not rely on is filled with NaNs.
+#pragma once
+
+#include "simt.hpp"
+
+#include <coldrow/device/device.cuh>
+#include <coldrow/device/radix_sort.cuh>
+
+#include "../host/batches.hpp"
+
+namespace coldrow_test {
+
+inline std::vector<simt::Order> all_orders() {
+  return {{simt::Order::forward, 0},
+          {simt::Order::reverse, 0},
+          {simt::Order::random, 1},
+          {simt::Order::random, 2}};
+}
+
+inline constexpr device::Machine kMachine{2};
+
+template <Numeric T>
+constexpr device::NumericType type_of() {
+  if constexpr (std::same_as<T, half>) return device::NumericType::float16;
+  if constexpr (std::same_as<T, coldrow::bfloat16>) return device::NumericType::bfloat16;
+  return device::NumericType::float32;
+}
+
+template <class Index>
+device::Integers integers(const std::vector<Index>& x) {
+  return {x.data(), sizeof(Index) == 8};
+}
+
+// Memory for a workspace, aligned as a device allocator's, full of NaNs, with guards around.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t bytes) : bytes_(bytes) {
+    const std::size_t rounded = (bytes + 255) / 256 * 256;
+    base_ = static_cast<unsigned char*>(std::aligned_alloc(256, rounded + 512));
+    std::memset(base_, 0xff, rounded + 512);
+  }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() { std::free(base_); }
+  void* data() const { return base_ + 256; }
+  bool intact() const {
+    for (std::size_t i = 0; i < 256; ++i) {
+      if (base_[i] != 0xff || base_[256 + bytes_ + i] != 0xff) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::size_t bytes_;
+  unsigned char* base_;
+};
+
+// A table, with the state that Optimizer declares; scalars and prev_iter in one record per row.
+template <class W, class Optimizer>
+struct TestTable {
+  static constexpr int kScalars = Optimizer::scalar_states;
+  static constexpr int kVectors = Optimizer::vector_states;
+  static constexpr int kRecord = kScalars + 1;  // the last is prev_iter
+  std::int64_t rows;
+  int dim;
+  std::vector<W> weight;
+  std::vector<std::int32_t> records;  // [rows, kRecord]
+  std::vector<std::vector<float>> vectors;
+
+  TestTable(std::int64_t r, int d, Random& random)
+      : rows(r),
+        dim(d),
+        weight(random.numbers<W>(r * d)),
+        records(static_cast<std::size_t>(r * kRecord)) {
+    for (int v = 0; v < kVectors; ++v) {
+      vectors.push_back(std::vector<float>(static_cast<std::size_t>(r * d)));
+    }
+  }
+  // Some rows touched before step `step`.
+  void touch(std::int32_t step, Random& random) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (random.below(3) == 0) continue;
+      prev_iter(r) = static_cast<std::int32_t>(random.below(step));
+      for (int s = 0; s < kScalars; ++s) {
+        const float x = static_cast<float>(random.below(64)) / 16.0f;
+        std::memcpy(&records[static_cast<std::size_t>(r * kRecord + s)], &x, sizeof x);
+      }
+      for (auto& v : vectors) {
+        for (std::int64_t d = 0; d < dim; ++d) {
+          v[static_cast<std::size_t>(r * dim + d)] = static_cast<float>(random.below(64)) / 16.0f;
+        }
+      }
+    }
+  }
+  std::int32_t& prev_iter(std::int64_t r) {
+    return records[static_cast<std::size_t>(r * kRecord + kScalars)];
+  }
+  Table<W, Optimizer> view() {
+    Table<W, Optimizer> t;
+    t.weight = weight.data();
+    t.rows = rows;
+    t.dim = dim;
+    t.prev_iter = {records.data() + kScalars, kRecord};
+    for (int s = 0; s < kScalars; ++s) {
+      t.scalars[s] = {reinterpret_cast<float*>(records.data()) + s, kRecord};
+    }
+    for (int v = 0; v < kVectors; ++v) t.vectors[v] = vectors[static_cast<std::size_t>(v)].data();
+    t.origin = {0x1234u + static_cast<std::uint64_t>(dim), 1000, 3, 0};
+    return t;
+  }
+  friend bool operator==(const TestTable& a, const TestTable& b) {
+    if (!same_bits(a.weight, b.weight) || !same_bits(a.records, b.records)) return false;
+    for (int v = 0; v < kVectors; ++v) {
+      const auto i = static_cast<std::size_t>(v);
+      if (!same_bits(a.vectors[i], b.vectors[i])) return false;
+    }
+    return true;
+  }
+};
+
+template <class W, class Optimizer>
+std::vector<TestTable<W, Optimizer>> test_tables(const BatchSpec& spec, Random& random) {
+  std::vector<TestTable<W, Optimizer>> out;
+  for (std::size_t t = 0; t < spec.rows.size(); ++t) {
+    out.emplace_back(spec.rows[t], spec.dims[t], random);
+  }
+  return out;
+}
+
+// The descriptors of a batch. The features' positions are left for the device to find, where there
+// are offsets.
+template <class Index>
+struct DeviceBatch {
+  std::vector<device::TableInfo> infos;
+  std::vector<std::int64_t> base;
+  std::vector<Feature> features;
+  std::vector<std::int32_t> by_table, first_feature, all_features;
+  device::Layout layout;
+  device::Batch batch;
+  device::Extent extent;
+  device::Report report{};
+
+  template <class W, class Optimizer>
+  DeviceBatch(const TestBatch<Index>& test, std::vector<TestTable<W, Optimizer>>& tables)
+      : base(test.table_base), features(test.features) {
+    const auto num_tables = static_cast<std::int32_t>(tables.size());
+    const auto num_features = static_cast<std::int32_t>(features.size());
+    std::int64_t rows = 0;
+    for (auto& t : tables) {
+      infos.push_back(
+          {t.weight.data(), t.rows, t.dim, {t.records.data() + t.kScalars, t.kRecord}});
+      rows += t.rows;
+      extent.widest = std::max(extent.widest, t.dim);
+    }
+    base.push_back(rows);
+    by_table.resize(features.size());
+    first_feature.resize(tables.size() + 1);
+    all_features.resize(features.size());
+    std::iota(all_features.begin(), all_features.end(), 0);
+    device::group_features(features.data(), num_features, num_tables, by_table.data(),
+                           first_feature.data());
+    if (test.spec.offsets) {
+      for (Feature& f : features) {
+        f.first_position = f.positions = -77;
+        if (!test.spec.pooled) f.first_row = f.out_offset = f.out_stride = -77;
+      }
+    }
+    layout = {infos.data(),    base.data(),   num_tables,
+              features.data(), num_features,  by_table.data(),
+              first_feature.data()};
+    batch.indices = integers(test.indices);
+    if (test.spec.offsets) batch.offsets = integers(test.offsets);
+    batch.bags = test.bags;
+    batch.positions = test.positions();
+    batch.pooled = test.spec.pooled;
+    batch.mean = test.spec.mean;
+    batch.per_sample_weights = test.spec.weighted ? test.weights.data() : nullptr;
+    extent.positions = batch.positions;
+    extent.total_rows = rows;
+    extent.num_tables = num_tables;
+    extent.scaled = test.spec.mean || test.spec.weighted;
+    extent.machine = kMachine;
+  }
+};
+
+// Unpooled outputs are flat on the device, feature after feature; TestBatch spreads them.
+template <class Index>
+std::int64_t flat_size(const TestBatch<Index>& test) {
+  std::int64_t size = 0;
+  for (const Feature& f : test.features) size += f.positions * f.dim;
+  return size;
+}
+template <class Index>
+void flatten_unpooled(TestBatch<Index>& test) {
+  std::int64_t offset = 0;
+  for (Feature& f : test.features) {
+    f.out_offset = offset;
+    f.out_stride = f.dim;
+    offset += f.positions * f.dim;
+  }
+  test.out_size = offset;
+}
+
+// ------------------------------------------------------------------------------------------- update
+
+struct StepSpec {
+  std::int32_t step = 1;
+  double lr = 0.02;
+  std::int32_t epoch_start = 0;
+  bool decay_state = false;
+  OnNonfinite on_nonfinite = OnNonfinite::skip;
+  int check = 0;  // device::Pass of a check pass before, if any
+};
+
+// One backward and update through the device drivers, clock and lr in "device memory". Returns the
+// clock afterwards.
+template <class Update, class Index, class G, class W, class Optimizer, class Decay, class Rounding>
+std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G* grad,
+                           const StepSpec& spec, const Optimizer& optimizer, const Decay& decay,
+                           const Rounding& rounding, DeviceBatch<Index>& d) {
+  std::int64_t clock = spec.step - 1;
+  const std::int64_t epoch_start = spec.epoch_start;
+  const double lr = spec.lr;
+  const auto count = static_cast<std::int32_t>(tables.size());
+  std::vector<Table<W, Optimizer>> views;
+  std::vector<std::int32_t> numbers;
+  std::vector<device::Recipe<Update>> recipes;
+  for (auto& t : tables) {
+    numbers.push_back(static_cast<std::int32_t>(views.size()));
+    views.push_back(t.view());
+    recipes.push_back({optimizer, decay, rounding, spec.decay_state, spec.on_nonfinite, {&lr}});
+  }
+  std::vector<Update> updates(tables.size());
+  std::memset(static_cast<void*>(updates.data()), 0xff, updates.size() * sizeof(Update));
+
+  device::Queue queue(nullptr);
+  std::size_t sort_bytes = 0;
+  queue.add(device::radix_sort_bytes(d.extent, sort_bytes));
+  device::SegmentSpace segments;
+  device::ApplySpace space;
+  const auto take = [&](device::Workspace w) {
+    segments = device::take_segment_space(w, d.extent, sort_bytes);
+    space = device::take_apply_space(w, d.extent,
+                                     device::choose_apply<Update>(d.extent).workspace_floats);
+    return w.bytes();
+  };
+  const DeviceMemory memory(take(device::Workspace(nullptr)));
+  take(device::Workspace(memory.data()));
+
+  device::begin_batch(queue, &d.report, true);
+  device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
+  device::prepare_updates(queue, {{&clock}, {&epoch_start}}, recipes.data(), numbers.data(), count,
+                          updates.data(), &d.report);
+  const device::Entries sorted =
+      device::segment(queue, d.batch, d.layout, d.extent, segments, &d.report);
+  const device::Gradient gradient{grad, type_of<G>()};
+  device::sum_long_runs(queue, d.layout, d.extent, gradient, sorted, segments.runs, space,
+                        &d.report);
+  const device::TableGroup<Update> group{views.data(), numbers.data(), updates.data(), count};
+  if (spec.check != 0) {
+    device::apply(queue, group, d.layout, d.extent, gradient, sorted, segments.runs, space,
+                  static_cast<device::Pass>(spec.check), &d.report);
+  }
+  device::apply(queue, group, d.layout, d.extent, gradient, sorted, segments.runs, space,
+                device::Pass::update, &d.report);
+  device::finish_batch(queue, d.batch, d.layout, &d.report, &clock);
+  EXPECT_EQ(queue.error, cudaSuccess);
+  EXPECT_TRUE(memory.intact()) << "written beside the workspace";
+  return clock;
+}
+
+// The same through the host drivers.
+template <class Update, class Index, class G, class W, class Optimizer>
+host::ApplyReport host_update(const TestBatch<Index>& test,
+                              std::vector<TestTable<W, Optimizer>>& tables, const G* grad,
+                              const Update& update) {
+  using Entry = host::WideEntry;
+  const std::int64_t n = test.positions();
+  std::vector<Entry> entries(static_cast<std::size_t>(n)), other(entries);
+  std::vector<std::uint32_t> counts(host::kDigits);
+  host::make_entries(test.view(), test.table_base.data(), 1, entries.data());
+  const Entry* sorted = host::sort_entries(entries.data(), other.data(), n, 40, 1, counts.data());
+  host::ApplyReport report;
+  std::int64_t lo = 0;
+  for (std::size_t t = 0; t < tables.size(); ++t) {
+    const std::int64_t base = test.table_base[t];
+    std::int64_t hi = lo;
+    while (hi < n && static_cast<std::int64_t>(sorted[hi].key) < base + tables[t].rows) ++hi;
+    std::vector<Feature> features;
+    for (const Feature& f : test.features) {
+      if (f.table == static_cast<std::int32_t>(t)) features.push_back(f);
+    }
+    const host::GradientRows<G> rows{grad, features.data(), static_cast<int>(features.size())};
+    std::vector<float> scratch(static_cast<std::size_t>((tables[t].dim + 15) / 16 * 16));
+    report.merge(host::apply_runs(update, tables[t].view(), sorted, lo, hi, base,
+                                  host::Pass::update, rows, scratch.data()));
+    lo = hi;
+  }
+  return report;
+}
+
+// Gradients whose sums and squares float32 holds exactly, whatever the order.
+template <Numeric G>
+std::vector<G> exact_gradients(std::int64_t n, Random& random) {
+  std::vector<G> out;
+  for (std::int64_t i = 0; i < n; ++i) {
+    out.push_back(number<G>(static_cast<double>(random.below(5) - 2) / 4.0));
+  }
+  return out;
+}
+
+}  // namespace coldrow_test
