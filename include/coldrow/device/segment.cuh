@@ -343,7 +343,7 @@ constexpr bool scaled_payloads(const Extent& e) { return e.scaled || wide_keys(e
 // Bits of the largest key, at least one.
 constexpr int key_bits(const Extent& e) {
   int bits = 1;
-  while (bits < 63 && (e.total_rows - 1) >> bits != 0) ++bits;
+  while (bits < 63 && max_of<std::int64_t>(0, e.total_rows - 1) >> bits != 0) ++bits;
   return bits;
 }
 
