@@ -58,13 +58,13 @@ Table view(float* weight, Record* records, std::int64_t rows) {
   return table;
 }
 
-#define CHECK(call)                                                                \
-  do {                                                                             \
-    const cudaError_t error = (call);                                              \
-    if (error != cudaSuccess) {                                                    \
-      std::printf("%s: %s\n", #call, cudaGetErrorString(error));                   \
-      return 1;                                                                    \
-    }                                                                              \
+#define CHECK(call)                                              \
+  do {                                                           \
+    const cudaError_t error = (call);                            \
+    if (error != cudaSuccess) {                                  \
+      std::printf("%s: %s\n", #call, cudaGetErrorString(error)); \
+      return 1;                                                  \
+    }                                                            \
   } while (false)
 
 int main() {

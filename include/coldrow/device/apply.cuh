@@ -33,7 +33,6 @@ struct Partials {
 
 // Gradient rows of one table.
 struct GradientRows {
-  Gradient grad;
   const Feature* features;
   const std::int32_t* numbers;  // of the table's features, in order of first_row
   std::int32_t count;
@@ -42,23 +41,23 @@ struct GradientRows {
   __device__ static GradientRows of(const Gradient& grad, const Layout& layout,
                                     std::int32_t table) {
     const std::int32_t first = layout.first_feature[table];
-    GradientRows rows{grad, layout.features, layout.features_by_table + first,
+    GradientRows rows{layout.features, layout.features_by_table + first,
                       layout.first_feature[table + 1] - first,
                       reinterpret_cast<std::uintptr_t>(grad.data) % 16 == 0};
     for (std::int32_t i = 0; i < rows.count; ++i) {
       const Feature& f = layout.features[rows.numbers[i]];
-      rows.aligned = rows.aligned &&
-                     (f.out_offset | f.out_stride | f.dim) * size_of(grad.type) % 16 == 0;
+      rows.aligned =
+          rows.aligned && (f.out_offset | f.out_stride | f.dim) * size_of(grad.type) % 16 == 0;
     }
     return rows;
   }
-  __device__ __forceinline__ const void* row(std::uint32_t out_row) const {
+  // The element at which an output row begins.
+  __device__ __forceinline__ std::int64_t row(std::uint32_t out_row) const {
     const std::int32_t i = last_at_or_before(
         count, [&](std::int32_t k) { return features[numbers[k]].first_row; },
         static_cast<std::int64_t>(out_row));
     const Feature& f = features[numbers[i]];
-    const std::int64_t element = f.out_offset + (out_row - f.first_row) * f.out_stride;
-    return static_cast<const unsigned char*>(grad.data) + element * size_of(grad.type);
+    return f.out_offset + (out_row - f.first_row) * f.out_stride;
   }
   __device__ __forceinline__ Term term(const ScaledRow& payload) const {
     return {row(payload.out_row), payload.scale};
@@ -89,12 +88,11 @@ struct ApplyArgs {
   Partials partials;
   Report* report;
   // The tables that this Update is for.
-  const TableOf<Update>* tables;  // [count]
-  const std::int32_t* numbers;    // [count], in the layout
-  const Update* updates;          // [count], of prepare_updates()
-  std::int32_t count;
-  const std::int32_t* first_block;  // [count + 1]
-  float* sums;                      // of each tile, in the workspace; null: in shared memory
+  const TableOf<Update>* tables;  // [deal.parts]
+  const std::int32_t* numbers;    // [deal.parts], in the layout
+  const Update* updates;          // [deal.parts], of prepare_updates()
+  Deal deal;
+  float* sums;  // of each tile, in the workspace; null: in shared memory
   std::int64_t sums_per_block;
   // Instead of updating, note rows that would have to be refused.
   bool check, check_stale, check_finite;
@@ -112,7 +110,7 @@ namespace kernel {
 // partials[part] = sum of the part's gradients, for the parts of all long runs.
 template <class = void>
 __global__ void sum_parts(Gradient grad, Layout layout, Entries sorted, Runs runs, int lanes,
-                                 Partials partials, const Report* report) {
+                          Partials partials, const Report* report) {
   if (refused(report)) return;
   const Tile<4> tile{lanes};
   const std::int32_t parts = runs.counts->parts;
@@ -128,8 +126,9 @@ __global__ void sum_parts(Gradient grad, Layout layout, Entries sorted, Runs run
     float* const out = partials.row(j);
     with_type(grad.type, [&](auto type) {
       sum_rows<decltype(type)>(
-          tile, rows.aligned, [&](std::int64_t i) { return rows.term(sorted.payload(begin + i)); },
-          count, layout.tables[table].dim,
+          tile, rows.aligned, grad.data,
+          [&](std::int64_t i) { return rows.term(sorted.payload(begin + i)); }, count,
+          layout.tables[table].dim,
           [&](int c, const auto& values, int valid) { store_floats(out, c, values, valid); });
     });
   }
@@ -137,8 +136,8 @@ __global__ void sum_parts(Gradient grad, Layout layout, Entries sorted, Runs run
 
 // Sums each slice's parts into the first of them, which no other slice reads.
 template <class = void>
-__global__ void sum_slices(Layout layout, Entries sorted, Runs runs, int lanes,
-                                  Partials partials, const Report* report) {
+__global__ void sum_slices(Layout layout, Entries sorted, Runs runs, int lanes, Partials partials,
+                           const Report* report) {
   if (refused(report)) return;
   const Tile<4> tile{lanes};
   const std::int32_t slices = runs.counts->slices;
@@ -153,7 +152,7 @@ __global__ void sum_slices(Layout layout, Entries sorted, Runs runs, int lanes,
     float* const out = partials.row(run.first_part + first);
     const int dim = layout.tables[table_of(layout, sorted.key(run.begin))].dim;
     sum_rows<float>(
-        tile, dim % 4 == 0, [&](std::int64_t i) { return Term{out + i * partials.stride, 1.0f}; },
+        tile, dim % 4 == 0, out, [&](std::int64_t i) { return Term{i * partials.stride, 1.0f}; },
         count, dim,
         [&](int c, const auto& values, int valid) { store_floats(out, c, values, valid); });
   }
@@ -161,10 +160,10 @@ __global__ void sum_slices(Layout layout, Entries sorted, Runs runs, int lanes,
 
 // Which blocks work on which table. One warp.
 template <class Update>
-__global__ void deal_runs(ApplyArgs<Update> a, int threads, std::int32_t* first_block) {
+__global__ void deal_runs(ApplyArgs<Update> a, std::int32_t* first_block) {
   constexpr int kBlock = block_for(sizeof(typename Update::weight_type));
   deal_blocks(
-      a.count, threads,
+      a.deal,
       [&](std::int32_t i) {
         const std::int32_t t = a.numbers[i];
         return std::int64_t{a.runs.table_run[t + 1]} - a.runs.table_run[t];
@@ -182,7 +181,8 @@ struct RunHead {
 };
 
 template <class Update>
-__global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update> a) {
+__global__ void __launch_bounds__(kThreads, apply_blocks(Update::optimizer_type::vector_states))
+    apply(ApplyArgs<Update> a) {
   using Weight = typename Update::weight_type;
   using Optimizer = typename Update::optimizer_type;
   static_assert(std::same_as<typename Update::grad_type, float>, "gradients are summed in float32");
@@ -200,12 +200,11 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update
       reinterpret_cast<float*>(shared_memory() + round_up_16(sizeof(BlockCommon<Update>)));
   float* const sums = a.sums == nullptr ? shared_sums : a.sums + blockIdx.x * a.sums_per_block;
 
-  const int threads = static_cast<int>(blockDim.x);
   const auto lanes_of = [&](std::int32_t i) { return lanes_for(a.tables[i].dim, kBlock); };
-  const auto blocks = a.first_block[a.count];
+  const std::int32_t blocks = a.deal.blocks();
   for (auto block = static_cast<std::int32_t>(blockIdx.x); block < blocks;
        block += static_cast<std::int32_t>(gridDim.x)) {
-    const Share share = share_of(block, a.count, threads, a.first_block, lanes_of);
+    const Share share = share_of(a.deal, block, lanes_of);
     __syncthreads();  // nobody needs the last share's any more
     const std::int32_t number = a.numbers[share.part];
     copy_to_shared(&common.update, a.updates + share.part);
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update
         min_of<std::int64_t>(first_run + share.last, a.runs.table_run[number + 1]);
     const int dim = table.dim;
     const Tile<kBlock> tile{lanes_for(dim, kBlock)};
-    const int tiles = threads / tile.lanes;
+    const int tiles = a.deal.threads / tile.lanes;
     float* const sum = sums + tile.number() * sum_stride(dim);
 
     const auto bounds_of = [&](std::int64_t r) {
@@ -234,7 +233,8 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update
       const auto row = table.row(head.row);
       prefetch(row.prev_iter);
       for (int s = 0; s < Optimizer::scalar_states; ++s) prefetch(row.scalars[s]);
-      const auto* grad = static_cast<const unsigned char*>(gradients.row(head.out_row));
+      const auto* grad = static_cast<const unsigned char*>(a.grad.data) +
+                         gradients.row(head.out_row) * size_of(a.grad.type);
       for (int c = tile.rank() * kBlock; c < dim; c += tile.lanes * kBlock) {
         prefetch(row.weight + c);
         for (int s = 0; s < Optimizer::vector_states; ++s) prefetch(row.vectors[s] + c);
@@ -261,8 +261,10 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update
       with_type(is_long ? NumericType::float32 : a.grad.type, [&](auto type) {
         sum_rows<decltype(type)>(
             tile, is_long ? dim % 4 == 0 : gradients.aligned,
+            is_long ? a.partials.data : a.grad.data,
             [&](std::int64_t i) {
-              if (is_long) return Term{a.partials.row(partial.first + i * partial.step), 1.0f};
+              if (is_long)
+                return Term{(partial.first + i * partial.step) * a.partials.stride, 1.0f};
               return gradients.term(a.sorted.payload(run.begin + i));
             },
             is_long ? partial.count : run.end - run.begin, dim,
@@ -270,7 +272,15 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks) apply(ApplyArgs<Update
       });
       tile.sync();
 
-      const auto row = table.row(head.row);
+      auto row = table.row(head.row);
+      row.weight = in_global_memory(row.weight);
+      row.prev_iter = in_global_memory(row.prev_iter);
+      for (int s = 0; s < Optimizer::scalar_states; ++s) {
+        row.scalars[s] = in_global_memory(row.scalars[s]);
+      }
+      for (int s = 0; s < Optimizer::vector_states; ++s) {
+        row.vectors[s] = in_global_memory(row.vectors[s]);
+      }
       if (a.check) {
         const auto key = static_cast<std::uint64_t>(base + head.row);
         const bool stale = a.check_stale && *row.prev_iter >= update.step;
@@ -324,9 +334,9 @@ inline ApplySpace take_apply_space(Workspace& w, const Extent& e, std::int64_t s
 }
 
 // Sums the parts of long runs; once per batch, before apply().
-inline void sum_long_runs(Queue& queue, const Layout& layout, const Extent& e,
-                          const Gradient& grad, const Entries& sorted, const Runs& runs,
-                          const ApplySpace& space, const Report* report) {
+inline void sum_long_runs(Queue& queue, const Layout& layout, const Extent& e, const Gradient& grad,
+                          const Entries& sorted, const Runs& runs, const ApplySpace& space,
+                          const Report* report) {
   const std::int64_t parts = most_parts(e.positions);
   if (parts == 0) return;
   const int lanes = lanes_for(e.widest, 4);
@@ -371,15 +381,13 @@ void apply(Queue& queue, const TableGroup<Update>& group, const Layout& layout, 
   a.tables = group.tables;
   a.numbers = group.numbers;
   a.updates = group.updates;
-  a.count = group.count;
-  a.first_block = space.first_block;
+  a.deal = {space.first_block, group.count, choice.launch.threads, choice.rounds};
   a.sums = choice.sums_in_workspace ? space.sums : nullptr;
   a.sums_per_block = choice.workspace_floats / choice.launch.blocks;
   a.check = pass != Pass::update;
   a.check_stale = (static_cast<int>(pass) & static_cast<int>(Pass::check_stale)) != 0;
   a.check_finite = (static_cast<int>(pass) & static_cast<int>(Pass::check_finite)) != 0;
-  queue.run(kernel::deal_runs<Update>, Launch{1, 32, 0}, a, choice.launch.threads,
-            space.first_block);
+  queue.run(kernel::deal_runs<Update>, Launch{1, 32, 0}, a, space.first_block);
   queue.run(kernel::apply<Update>, choice.launch, a);
 }
 

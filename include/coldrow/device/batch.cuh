@@ -58,7 +58,8 @@ struct Layout {
   // [num_tables + 1]: rows of all tables are numbered through, in order of the tables.
   const std::int64_t* table_base = nullptr;
   std::int32_t num_tables = 0;
-  Feature* features = nullptr;  // [num_features], in order of first_bag; check_batch() completes them
+  Feature* features =
+      nullptr;  // [num_features], in order of first_bag; check_batch() completes them
   std::int32_t num_features = 0;
   // [num_features]: numbers of the features grouped by table, in order within one; and
   // [num_tables + 1]: where each table's begin. Needed for updates.
@@ -101,15 +102,15 @@ struct Batch {
 // the lowest kind counts, and of those the one that comes first.
 enum class Refusal : std::int32_t {
   none,
-  offsets_start,       // offsets[0] is not 0
-  offsets_decrease,    // position: in offsets
-  offsets_end,         // the last offset is not the number of indices
-  index_range,         // position: in indices
-  step_range,          // no step left, or a clock below 0
-  lr_range,            // position: of the table; lr is negative, not finite or beyond float32
-  epoch_start_range,   // not in [0, 2^31 - 1]
-  stale_row,           // position: row; value: its prev_iter, which is not before the step
-  nonfinite_row,       // position: row
+  offsets_start,      // offsets[0] is not 0
+  offsets_decrease,   // position: in offsets
+  offsets_end,        // the last offset is not the number of indices
+  index_range,        // position: in indices
+  step_range,         // no step left, or a clock below 0
+  lr_range,           // position: of the table; lr is negative, not finite or beyond float32
+  epoch_start_range,  // not in [0, 2^31 - 1]
+  stale_row,          // position: row; value: its prev_iter, which is not before the step
+  nonfinite_row,      // position: row
 };
 
 // Where the device says what it found: memory of the caller's, all zeros at first. It is read at a
@@ -122,8 +123,8 @@ struct Report {
   std::int32_t feature;  // index_range
   std::int32_t table;    // index_range, lr_range, stale_row, nonfinite_row
   std::int64_t position, value;
-  std::int64_t batch;            // which: counted by begin_batch(), from 1
-  unsigned long long bad_rows;   // how many rows were refused (stale_row, nonfinite_row)
+  std::int64_t batch;           // which: counted by begin_batch(), from 1
+  unsigned long long bad_rows;  // how many rows were refused (stale_row, nonfinite_row)
   // Totals.
   std::int64_t batches;
   std::int64_t refused;               // calls of finish() for a refused batch
@@ -311,7 +312,8 @@ inline void check_batch(Queue& queue, const Batch& batch, const Layout& layout, 
     queue.run(kernel::locate_features<>, Launch{1, 32, 0}, batch, layout, report);
   }
   if (batch.positions > 0) {
-    queue.run(kernel::check_indices<>, choose_flat(batch.positions, machine), batch, layout, report);
+    queue.run(kernel::check_indices<>, choose_flat(batch.positions, machine), batch, layout,
+              report);
   }
 }
 

@@ -14,7 +14,7 @@ COLDROW_BEGIN
 namespace device {
 
 struct Term {
-  const void* row;  // its column 0
+  std::int64_t row;  // where its column 0 is, in elements from a base that all terms share
   float scale;
 };
 
@@ -59,13 +59,13 @@ struct ColumnSums {
   // used; nothing here depends on a condition, so that every value is in a register of its own for
   // no longer than it is needed.
   template <int Terms, class G>
-  __device__ __forceinline__ void add(const G& tile, const Term& mine, int j, int dim) {
+  __device__ __forceinline__ void add(const G& tile, const T* base, const Term& mine, int j,
+                                      int dim) {
     Packed<T> loaded[Terms][Vectors];
     float scale[Terms];
     COLDROW_LANES
     for (int u = 0; u < Terms; ++u) {
-      const auto* row = reinterpret_cast<const T*>(
-          tile.from(reinterpret_cast<unsigned long long>(mine.row), j + u));
+      const T* const row = base + tile.from(mine.row, j + u);
       scale[u] = tile.from(mine.scale, j + u);
       COLDROW_LANES
       for (int v = 0; v < Vectors; ++v) loaded[u][v].template load<Aligned>(row, column[v], dim);
@@ -83,13 +83,14 @@ struct ColumnSums {
   }
   // Adds terms [j, n), 2 * Terms, Terms, ... at a time.
   template <int Terms, class G>
-  __device__ __forceinline__ void add_rest(const G& tile, const Term& mine, int j, int n, int dim) {
+  __device__ __forceinline__ void add_rest(const G& tile, const T* base, const Term& mine, int j,
+                                           int n, int dim) {
     if constexpr (Terms > 0) {
       if (n - j >= Terms) {
-        add<Terms>(tile, mine, j, dim);
+        add<Terms>(tile, base, mine, j, dim);
         j += Terms;
       }
-      add_rest<Terms / 2>(tile, mine, j, n, dim);
+      add_rest<Terms / 2>(tile, base, mine, j, n, dim);
     }
   }
 };
@@ -97,8 +98,9 @@ struct ColumnSums {
 // Sums columns [column, ...) of `count` terms, Vectors * 16 bytes of them per lane, Unroll terms at
 // a time, and gives emit(c, values, valid) each block of columns [c, c + valid).
 template <int Vectors, int Unroll, bool Aligned, Numeric T, class G, class Fetch, class Emit>
-__device__ __forceinline__ void sum_columns(const G& tile, const Fetch& fetch, std::int64_t count,
-                                            int column, int dim, const Emit& emit) {
+__device__ __forceinline__ void sum_columns(const G& tile, const T* base, const Fetch& fetch,
+                                            std::int64_t count, int column, int dim,
+                                            const Emit& emit) {
   constexpr int K = Packed<T>::count;
   const int rank = tile.rank();
   const int lanes = tile.size();
@@ -111,14 +113,14 @@ __device__ __forceinline__ void sum_columns(const G& tile, const Fetch& fetch, s
     for (int k = 0; k < K; ++k) sums.sum[v][k] = 0.0f;
   }
   COLDROW_ROLLED
-  for (std::int64_t base = 0; base < count; base += lanes) {
-    const int n = static_cast<int>(min_of<std::int64_t>(lanes, count - base));
-    Term mine{nullptr, 0.0f};
-    if (rank < n) mine = fetch(base + rank);
+  for (std::int64_t first = 0; first < count; first += lanes) {
+    const int n = static_cast<int>(min_of<std::int64_t>(lanes, count - first));
+    Term mine{0, 0.0f};
+    if (rank < n) mine = fetch(first + rank);
     int j = 0;
     COLDROW_ROLLED
-    for (; n - j >= Unroll; j += Unroll) sums.template add<Unroll>(tile, mine, j, dim);
-    sums.template add_rest<Unroll / 2>(tile, mine, j, n, dim);
+    for (; n - j >= Unroll; j += Unroll) sums.template add<Unroll>(tile, base, mine, j, dim);
+    sums.template add_rest<Unroll / 2>(tile, base, mine, j, n, dim);
   }
   COLDROW_LANES
   for (int v = 0; v < Vectors; ++v) {
@@ -127,25 +129,27 @@ __device__ __forceinline__ void sum_columns(const G& tile, const Fetch& fetch, s
   }
 }
 
-// All columns. aligned: every row begins at a multiple of 16 bytes and is as long as one. Wide rows go
+// All columns of rows counted from `data`. aligned: every row begins at a multiple of 16 bytes and is as long as one. Wide rows go
 // through the terms once for each 2 * 16 bytes per lane.
 template <Numeric T, class G, class Fetch, class Emit>
-__device__ __forceinline__ void sum_rows(const G& tile, bool aligned, const Fetch& fetch,
-                                         std::int64_t count, int dim, const Emit& emit) {
+__device__ __forceinline__ void sum_rows(const G& tile, bool aligned, const void* data,
+                                         const Fetch& fetch, std::int64_t count, int dim,
+                                         const Emit& emit) {
+  const auto* const base = static_cast<const T*>(data);
   const int step = tile.size() * Packed<T>::count;
   int column = 0;
   if (!aligned) {
     COLDROW_ROLLED
     for (; column < dim; column += step) {
-      sum_columns<1, 1, false, T>(tile, fetch, count, column, dim, emit);
+      sum_columns<1, 1, false, T>(tile, base, fetch, count, column, dim, emit);
     }
     return;
   }
   COLDROW_ROLLED
   for (; dim - column > step; column += 2 * step) {
-    sum_columns<2, 2, true, T>(tile, fetch, count, column, dim, emit);
+    sum_columns<2, 2, true, T>(tile, base, fetch, count, column, dim, emit);
   }
-  if (column < dim) sum_columns<1, 4, true, T>(tile, fetch, count, column, dim, emit);
+  if (column < dim) sum_columns<1, 4, true, T>(tile, base, fetch, count, column, dim, emit);
 }
 
 // Stores a block of columns as float32. out is aligned to 16 bytes, c is a multiple of K.

@@ -36,7 +36,9 @@ struct Queue {
     simt::launch(launch.blocks, launch.threads, static_cast<std::size_t>(launch.shared_bytes),
                  [&] { kernel(args...); });
 #else
+    // clang-format off
     kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(args...);
+    // clang-format on
     error = cudaGetLastError();
 #endif
   }
@@ -61,6 +63,16 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
+}
+
+// Tells the compiler that p is in device memory, not in a block's, where it cannot see that (it came
+// through a shuffle, or lies in shared memory itself): its accesses need not find out.
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
 }
 
 // Number of this thread in the grid, and of threads in it.

@@ -20,10 +20,9 @@ template <class Read>
 struct LookupArgs {
   Batch batch;
   Layout layout;
-  const std::int32_t* features;     // [count], numbers in the layout
-  std::int32_t count;
-  const std::int32_t* first_block;  // [count + 1]
-  const Read* reads;                // [num_tables] for ReadStep; unused for ReadStored
+  const std::int32_t* features;  // [deal.parts], numbers in the layout
+  Deal deal;
+  const Read* reads;  // [num_tables] for ReadStep; unused for ReadStored
   const Report* report;
 };
 
@@ -41,11 +40,11 @@ __device__ __forceinline__ Bag bag_of(const LookupArgs<Read>& a, const Feature& 
 }
 
 // The row at position p of a feature of `table`, and the read factor it is to be multiplied by.
-template <Numeric Weight, class Read>
+template <class Read>
 __device__ __forceinline__ Term row_at(const LookupArgs<Read>& a, const TableInfo& table,
                                        std::int32_t number, std::int64_t p) {
   const std::int64_t r = a.batch.indices[p];
-  Term term{static_cast<const Weight*>(table.weight) + r * table.dim, 1.0f};
+  Term term{r * table.dim, 1.0f};
   if constexpr (!std::same_as<Read, ReadStored>) {
     term.scale = a.reads[number].factor(table.prev_iter[r]);
   }
@@ -65,9 +64,9 @@ __device__ __forceinline__ int feature_lanes(const Layout& layout, std::int32_t 
 
 // Which blocks work on which feature. One warp.
 template <Numeric Weight, class Read>
-__global__ void deal_bags(LookupArgs<Read> a, int threads, std::int32_t* first_block) {
+__global__ void deal_bags(LookupArgs<Read> a, std::int32_t* first_block) {
   deal_blocks(
-      a.count, threads,
+      a.deal,
       [&](std::int32_t i) {
         const Feature& f = a.layout.features[a.features[i]];
         return a.batch.pooled ? f.bags : f.positions;
@@ -79,18 +78,17 @@ __global__ void deal_bags(LookupArgs<Read> a, int threads, std::int32_t* first_b
 template <Numeric Weight, class Read, class F>
 __device__ __forceinline__ void for_bags(const LookupArgs<Read>& a, const F& f) {
   constexpr int kBlock = block_for(sizeof(Weight));
-  const int threads = static_cast<int>(blockDim.x);
   const auto lanes_of = [&](std::int32_t i) {
     return feature_lanes<Weight>(a.layout, a.features[i]);
   };
-  const std::int32_t blocks = a.first_block[a.count];
+  const std::int32_t blocks = a.deal.blocks();
   for (auto block = static_cast<std::int32_t>(blockIdx.x); block < blocks;
        block += static_cast<std::int32_t>(gridDim.x)) {
-    const Share share = share_of(block, a.count, threads, a.first_block, lanes_of);
+    const Share share = share_of(a.deal, block, lanes_of);
     const Feature& feature = a.layout.features[a.features[share.part]];
     const Tile<kBlock> tile{lanes_for(feature.dim, kBlock)};
     const std::int64_t last = min_of(share.last, a.batch.pooled ? feature.bags : feature.positions);
-    for (std::int64_t i = share.first + tile.number(); i < last; i += threads / tile.lanes) {
+    for (std::int64_t i = share.first + tile.number(); i < last; i += a.deal.threads / tile.lanes) {
       f(feature, tile, i);
     }
   }
@@ -114,15 +112,16 @@ __global__ void __launch_bounds__(kThreads, kLookupBlocks)
     const float bag_scale = mean ? 1.0f / static_cast<float>(bag.hi - bag.lo) : 1.0f;
     const std::int64_t element = feature.out_offset + i * feature.out_stride;
     sum_rows<Weight>(
-        tile, rows_aligned<Weight>(table),
+        tile, rows_aligned<Weight>(table), in_global_memory(table.weight),
         [&](std::int64_t k) {
-          Term term = row_at<Weight>(a, table, feature.table, bag.lo + k);
+          Term term = row_at(a, table, feature.table, bag.lo + k);
           if (a.batch.per_sample_weights != nullptr) {
             term.scale *= a.batch.per_sample_weights[bag.lo + k];
           }
           return term;
         },
-        bag.hi - bag.lo, feature.dim, [&](int c, auto& values, int valid) {
+        bag.hi - bag.lo, feature.dim,
+        [&](int c, auto& values, int valid) {
           constexpr int K = Packed<Weight>::count;
           COLDROW_LANES
           for (int k = 0; k < K; ++k) values[k] *= bag_scale;
@@ -156,11 +155,12 @@ __global__ void __launch_bounds__(kThreads, kWeightGradientBlocks)
     const Bag bag = bag_of(a, feature, i);
     const int dim = feature.dim;
     const bool aligned = rows_aligned<Weight>(table);
+    const auto* const weight = static_cast<const Weight*>(in_global_memory(table.weight));
     const std::int64_t element = feature.out_offset + i * feature.out_stride;
     for (std::int64_t base = bag.lo; base < bag.hi; base += tile.lanes) {
       const int n = static_cast<int>(min_of<std::int64_t>(tile.lanes, bag.hi - base));
-      Term mine{nullptr, 0.0f};
-      if (tile.rank() < n) mine = row_at<Weight>(a, table, feature.table, base + tile.rank());
+      Term mine{0, 0.0f};
+      if (tile.rank() < n) mine = row_at(a, table, feature.table, base + tile.rank());
       float dot = 0.0f;  // of position base + rank
       for (int j = 0; j < n; j += kUnroll) {
         Lanes<K> acc[kUnroll];
@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kThreads, kWeightGradientBlocks)
         COLDROW_LANES
         for (int u = 0; u < kUnroll; ++u) {
           broadcast(acc[u], 0.0f);
-          rows[u] = reinterpret_cast<const Weight*>(tile.from(
-              reinterpret_cast<unsigned long long>(mine.row), min_of(j + u, n - 1)));
+          rows[u] = weight + tile.from(mine.row, min_of(j + u, n - 1));
         }
         for (int c = tile.rank() * K; c < dim; c += tile.lanes * K) {
           Lanes<K> g;
@@ -223,13 +222,16 @@ struct FeatureGroup {
 template <Numeric Weight, class Read>
 LookupArgs<Read> deal_lookup(Queue& queue, const FeatureGroup& group, const Batch& batch,
                              const Layout& layout, const Read* reads, const Report* report,
-                             std::int32_t* first_block, const Launch& launch) {
-  const LookupArgs<Read> a{batch, layout, group.numbers, group.count, first_block, reads, report};
-  queue.run(kernel::deal_bags<Weight, Read>, Launch{1, 32, 0}, a, launch.threads, first_block);
+                             std::int32_t* first_block, const TileLaunch& choice) {
+  const LookupArgs<Read> a{
+      batch,         layout,
+      group.numbers, {first_block, group.count, choice.launch.threads, choice.rounds},
+      reads,         report};
+  queue.run(kernel::deal_bags<Weight, Read>, Launch{1, 32, 0}, a, first_block);
   return a;
 }
 
-inline Launch choose_lookup(const Batch& batch, const FeatureGroup& group, Machine machine) {
+inline TileLaunch choose_lookup(const Batch& batch, const FeatureGroup& group, Machine machine) {
   return choose_tiles(batch.pooled ? batch.bags : batch.positions, group.count, kThreads, machine);
 }
 
@@ -241,10 +243,10 @@ void lookup(Queue& queue, const FeatureGroup& group, const Batch& batch, const L
             const Read* reads, const Report* report, void* out, NumericType out_type,
             std::int64_t out_elements, std::int32_t* first_block, Machine machine) {
   if (group.count == 0) return;
-  const Launch launch = choose_lookup(batch, group, machine);
+  const TileLaunch choice = choose_lookup(batch, group, machine);
   const auto a =
-      deal_lookup<Weight>(queue, group, batch, layout, reads, report, first_block, launch);
-  queue.run(kernel::lookup<Weight, Read>, launch, a, out, out_type, out_elements);
+      deal_lookup<Weight>(queue, group, batch, layout, reads, report, first_block, choice);
+  queue.run(kernel::lookup<Weight, Read>, choice.launch, a, out, out_type, out_elements);
 }
 
 // Writes out[p], the gradient of per_sample_weights, for the positions of a group's features. The
@@ -255,10 +257,10 @@ void weight_gradients(Queue& queue, const FeatureGroup& group, const Batch& batc
                       const void* grad, NumericType grad_type, float* out,
                       std::int32_t* first_block, Machine machine) {
   if (group.count == 0) return;
-  const Launch launch = choose_lookup(batch, group, machine);
+  const TileLaunch choice = choose_lookup(batch, group, machine);
   const auto a =
-      deal_lookup<Weight>(queue, group, batch, layout, reads, report, first_block, launch);
-  queue.run(kernel::weight_gradients<Weight, Read>, launch, a, grad, grad_type, out);
+      deal_lookup<Weight>(queue, group, batch, layout, reads, report, first_block, choice);
+  queue.run(kernel::weight_gradients<Weight, Read>, choice.launch, a, grad, grad_type, out);
 }
 
 }  // namespace device

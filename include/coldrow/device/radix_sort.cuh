@@ -37,9 +37,9 @@ cudaError_t radix_sort_pairs(void* temp, std::size_t& temp_bytes, Key* const (&k
 
 }  // namespace device
 
-#define COLDROW_INSTANTIATE_RADIX_SORT(Key, Payload)                               \
-  template cudaError_t coldrow::device::radix_sort_pairs<Key, Payload>(            \
-      void*, std::size_t&, Key* const (&)[2], Payload* const (&)[2], std::int64_t, int, bool&, \
+#define COLDROW_INSTANTIATE_RADIX_SORT(Key, Payload)                                         \
+  template cudaError_t coldrow::device::radix_sort_pairs<Key, Payload>(                      \
+      void*, std::size_t&, Key* const(&)[2], Payload* const(&)[2], std::int64_t, int, bool&, \
       cudaStream_t);
 
 COLDROW_END

@@ -76,9 +76,9 @@ struct RunCounts {
 };
 
 struct Runs {
-  std::int32_t* begin = nullptr;      // [counts->runs + 1]: run r is entries [begin[r], begin[r + 1])
-  LongRun* long_runs = nullptr;       // [counts->long_runs], in order
-  RunCounts* counts = nullptr;        // totals
+  std::int32_t* begin = nullptr;  // [counts->runs + 1]: run r is entries [begin[r], begin[r + 1])
+  LongRun* long_runs = nullptr;   // [counts->long_runs], in order
+  RunCounts* counts = nullptr;    // totals
   std::int32_t* table_run = nullptr;  // [num_tables + 1]: the first run of each table
 };
 
@@ -98,8 +98,7 @@ inline constexpr int kPositionsPerWarp = 256;
 // bags nor a long one leave lanes idle: it looks for the bag of its first position, then holds 32
 // bags' ends in its lanes, in which each lane finds its own.
 template <class = void>
-__global__ void linearise(Batch batch, Layout layout, Entries entries,
-                                 const Report* report) {
+__global__ void linearise(Batch batch, Layout layout, Entries entries, const Report* report) {
   constexpr unsigned kAll = 0xffffffffu;
   const bool bad = refused(report);
   const int lane = static_cast<int>(threadIdx.x & 31u);
@@ -116,8 +115,8 @@ __global__ void linearise(Batch batch, Layout layout, Entries entries,
       std::int64_t window_begin = 0;
       if (by_bag) {
         if (search) {
-          first_bag = last_at_or_before(
-              batch.bags, [&](std::int64_t b) { return batch.offsets[b]; }, next);
+          first_bag =
+              last_at_or_before(batch.bags, [&](std::int64_t b) { return batch.offsets[b]; }, next);
         }
         my_end = batch.offsets[min_of(first_bag + lane + 1, batch.bags)];
         window_begin = batch.offsets[first_bag];
@@ -218,7 +217,7 @@ __device__ inline RunCounts sum_up_to_lane(const RunCounts& x) {
 // Each warp's entries are kEntriesPerWarp neighbours. counts: one per warp.
 template <class = void>
 __global__ void count_runs(Entries sorted, std::int64_t n, RunCounts* counts,
-                                  const Report* report) {
+                           const Report* report) {
   if (refused(report)) return;
   const std::int64_t warps = global_threads() / 32;
   const int lane = static_cast<int>(threadIdx.x & 31u);
@@ -239,7 +238,7 @@ __global__ void count_runs(Entries sorted, std::int64_t n, RunCounts* counts,
 // Replaces counts by the sums of those before, and writes the totals. One block.
 template <class = void>
 __global__ void scan_counts(RunCounts* counts, std::int64_t count, RunCounts* totals,
-                                   const Report* report) {
+                            const Report* report) {
   __shared__ RunCounts sums[32];  // of the block's warps up to each
   const int lane = static_cast<int>(threadIdx.x & 31u);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -266,8 +265,8 @@ __global__ void scan_counts(RunCounts* counts, std::int64_t count, RunCounts* to
 }
 
 template <class = void>
-__global__ void write_runs(Entries sorted, std::int64_t n, const RunCounts* counts,
-                                  Runs runs, const Report* report) {
+__global__ void write_runs(Entries sorted, std::int64_t n, const RunCounts* counts, Runs runs,
+                           const Report* report) {
   if (refused(report)) return;
   constexpr unsigned kAll = 0xffffffffu;
   const std::int64_t warps = global_threads() / 32;
@@ -300,7 +299,7 @@ __global__ void write_runs(Entries sorted, std::int64_t n, const RunCounts* coun
 // The end of the last run, and where each table's runs begin.
 template <class = void>
 __global__ void find_tables(Entries sorted, std::int64_t n, Layout layout, Runs runs,
-                                   const Report* report) {
+                            const Report* report) {
   const std::int32_t count = runs.counts->runs;
   const bool bad = refused(report);
   for (std::int64_t t = global_thread(); t <= layout.num_tables; t += global_threads()) {
@@ -385,8 +384,8 @@ inline void linearise(Queue& queue, const Batch& batch, const Layout& layout, co
                       const SegmentSpace& space, const Report* report) {
   if (e.positions == 0) return;
   const std::int64_t warps = divide_up(e.positions, kernel::kPositionsPerWarp);
-  queue.run(kernel::linearise<>, choose_flat(warps * 32, e.machine), batch, layout, space.entries[0],
-            report);
+  queue.run(kernel::linearise<>, choose_flat(warps * 32, e.machine), batch, layout,
+            space.entries[0], report);
 }
 
 // Step three, after the sort: the runs of `sorted`.
@@ -397,7 +396,8 @@ inline void find_runs(Queue& queue, const Layout& layout, const Extent& e, const
   if (warps > 0) {
     queue.run(kernel::count_runs<>, by_warp, sorted, e.positions, space.warp_counts, report);
   }
-  const int scan_threads = static_cast<int>(min_of<std::int64_t>(1024, divide_up(warps + 1, 32) * 32));
+  const int scan_threads =
+      static_cast<int>(min_of<std::int64_t>(1024, divide_up(warps + 1, 32) * 32));
   queue.run(kernel::scan_counts<>, Launch{1, scan_threads, 0}, space.warp_counts, warps,
             space.runs.counts, report);
   if (warps > 0) {

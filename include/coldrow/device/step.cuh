@@ -37,7 +37,8 @@ struct Recipe<RowUpdate<Weight, Grad, Optimizer, Decay, Rounding>> {
   Scalar<double> lr{};
 
   COLDROW_HD Update at(std::int32_t step, std::int32_t epoch_start) const {
-    Update update = Update::at(step, lr.get(), optimizer, decay, rounding, decay_state, epoch_start);
+    Update update =
+        Update::at(step, lr.get(), optimizer, decay, rounding, decay_state, epoch_start);
     update.on_nonfinite = on_nonfinite;
     return update;
   }

@@ -32,15 +32,17 @@ inline constexpr int kMaxParts = 64;
 
 inline constexpr int kThreads = 128;
 // Blocks a multiprocessor is to hold at once: what bounds the registers of a thread. These are the
-// largest numbers at which the compiler keeps everything in registers (nvcc 13.0, sm_90).
-inline constexpr int kApplyBlocks = 5;
+// largest numbers at which the compiler keeps everything in registers (nvcc 13.0 for sm_90; but for a
+// word or two of the update with stochastic rounding), the update's by whether the optimizer has state
+// per element.
+COLDROW_HD constexpr int apply_blocks(int vector_states) { return vector_states > 0 ? 4 : 5; }
 inline constexpr int kLookupBlocks = 5;
 inline constexpr int kWeightGradientBlocks = 4;
 inline constexpr int kThreadsPerMultiprocessor = 2048;
 inline constexpr int kMaxShared = 48 * 1024;  // what a block may have without asking for more
 
-// A tile takes this many items one after another before its block looks which table comes next.
-inline constexpr int kRounds = 8;
+// A tile takes up to this many items one after another before its block looks which table comes next.
+inline constexpr int kMaxRounds = 8;
 
 COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -64,19 +66,32 @@ constexpr Launch choose_flat(std::int64_t items, Machine machine) {
           kThreads, 0};
 }
 
+// Blocks of tiles, and how many items each tile takes in a row: that saves work where there are many
+// items, and would leave multiprocessors idle where there are few.
+struct TileLaunch {
+  Launch launch{};
+  int rounds = 1;
+  bool operator==(const TileLaunch&) const = default;
+};
+
 // Tiles of up to 32 lanes over at most `items` items of up to `groups` tables or features.
-constexpr Launch choose_tiles(std::int64_t items, std::int64_t groups, int threads,
-                              Machine machine) {
+constexpr TileLaunch choose_tiles(std::int64_t items, std::int64_t groups, int threads,
+                                  Machine machine) {
   const std::int64_t most =
       2 * std::int64_t{machine.multiprocessors} * (kThreadsPerMultiprocessor / threads);
-  const std::int64_t full = divide_up(items, std::int64_t{threads} / 32 * kRounds) + groups;
-  return {static_cast<int>(max_of<std::int64_t>(1, min_of(full, most))), threads, 0};
+  const std::int64_t warps = threads / 32;
+  const std::int64_t rounds =
+      max_of<std::int64_t>(1, min_of<std::int64_t>(kMaxRounds, items / (most * warps)));
+  const std::int64_t full = divide_up(items, warps * rounds) + groups;
+  return {{static_cast<int>(max_of<std::int64_t>(1, min_of(full, most))), threads, 0},
+          static_cast<int>(rounds)};
 }
 
 // The update of rows: every tile keeps the summed gradient of its row in shared memory, or, where rows
 // are so wide that a single warp's would not fit, in the workspace.
 struct ApplyLaunch {
   Launch launch{};
+  int rounds = 1;
   bool sums_in_workspace = false;
   std::int64_t workspace_floats = 0;
   bool operator==(const ApplyLaunch&) const = default;
@@ -98,7 +113,9 @@ constexpr ApplyLaunch choose_apply(std::int64_t items, std::int64_t groups, int 
   };
   while (threads > 32 && bytes(threads) > kMaxShared) threads /= 2;
   ApplyLaunch choice;
-  choice.launch = choose_tiles(items, groups, threads, machine);
+  const TileLaunch tiles = choose_tiles(items, groups, threads, machine);
+  choice.launch = tiles.launch;
+  choice.rounds = tiles.rounds;
   if (bytes(threads) <= kMaxShared) {
     choice.launch.shared_bytes = static_cast<int>(bytes(threads));
   } else {
@@ -106,7 +123,8 @@ constexpr ApplyLaunch choose_apply(std::int64_t items, std::int64_t groups, int 
     choice.launch.blocks = min_of(choice.launch.blocks, 4 * machine.multiprocessors);
     choice.launch.shared_bytes = fixed_bytes;
     choice.sums_in_workspace = true;
-    choice.workspace_floats = choice.launch.blocks * max_of(sum_stride(widest), 32 * sum_stride(block));
+    choice.workspace_floats =
+        choice.launch.blocks * max_of(sum_stride(widest), 32 * sum_stride(block));
   }
   return choice;
 }

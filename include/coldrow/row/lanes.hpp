@@ -158,7 +158,7 @@ struct alignas(Bytes) Words {
   std::uint32_t word[Bytes / 4];
 };
 template <int N, class T>
-inline constexpr int kAccess = min_of<int>(16, N * static_cast<int>(sizeof(T)));
+inline constexpr int kAccess = min_of<int>(16, N* static_cast<int>(sizeof(T)));
 
 template <int N, class T>
 COLDROW_INLINE bool is_aligned(const T* p) {

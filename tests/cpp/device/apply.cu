@@ -29,8 +29,8 @@ void drive(device::Queue& queue, const device::StepInputs& inputs, const device:
            const device::Gradient& gradient, device::Report* report, void* memory) {
   device::Workspace w(memory);
   const auto segments = device::take_segment_space(w, extent, 0);
-  const auto space = device::take_apply_space(
-      w, extent, device::choose_apply<Update>(extent).workspace_floats);
+  const auto space =
+      device::take_apply_space(w, extent, device::choose_apply<Update>(extent).workspace_floats);
   device::begin_batch(queue, report, true);
   device::check_batch(queue, batch, layout, report, extent.machine);
   device::prepare_updates<Update>(queue, inputs, nullptr, nullptr, 0, nullptr, report);
@@ -41,9 +41,9 @@ void drive(device::Queue& queue, const device::StepInputs& inputs, const device:
   device::finish_batch(queue, batch, layout, report, nullptr);
 }
 
-#define INSTANTIATE(Weight, Optimizer, Decay, Rounding)                                         \
-  template void drive<RowUpdate<Weight, float, Optimizer, Decay, Rounding>>(                    \
-      device::Queue&, const device::StepInputs&, const device::Batch&, const device::Layout&,   \
+#define INSTANTIATE(Weight, Optimizer, Decay, Rounding)                                       \
+  template void drive<RowUpdate<Weight, float, Optimizer, Decay, Rounding>>(                  \
+      device::Queue&, const device::StepInputs&, const device::Batch&, const device::Layout&, \
       const device::Extent&, const device::Gradient&, device::Report*, void*);
 
 INSTANTIATE(float, RowwiseRMSprop, AnyDecay, Nearest)

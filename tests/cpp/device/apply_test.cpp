@@ -71,8 +71,8 @@ void equals_host(const BatchSpec& spec, const Optimizer& optimizer, const AnyDec
     auto got = tables;
     DeviceBatch<std::int32_t> d(batch, got);
     const AtPageEnd<G> guarded(grad);
-    const std::int64_t clock = device_update<Update>(got, guarded.data(), step, optimizer,
-                                                     decay, rounding, d);
+    const std::int64_t clock =
+        device_update<Update>(got, guarded.data(), step, optimizer, decay, rounding, d);
     ASSERT_EQ(clock, step.step);
     ASSERT_EQ(d.report.kind, device::Refusal::none);
     for (std::size_t t = 0; t < tables.size(); ++t) {
@@ -90,7 +90,7 @@ AnyDecay linear() {
 }
 
 TEST(DeviceApply, EveryWidth) {
-  for (const int dim : {1,  2,  3,  4,  5,  7,  8,  9,  12, 15,  16,  17,  24,  31,  32,  33, 40,
+  for (const int dim : {1,  2,  3,  4,  5,  7,  8,   9,   12,  15,  16,  17,  24,  31,  32,  33, 40,
                         48, 63, 64, 65, 80, 96, 100, 127, 128, 129, 130, 192, 255, 256, 257, 300}) {
     const auto u = static_cast<std::uint64_t>(dim);
     const BatchSpec spec = one_table(30, dim, 12, 5);
@@ -145,6 +145,28 @@ TEST(DeviceApply, LongRuns) {
   spec = one_table(2, 5, 9000, 1);
   spec.offsets = false;
   equals_host<float, float>(spec, kRmsprop, linear(), Nearest{}, 9, {all_orders()[1]});
+}
+
+// More tables than blocks: a block goes on from one table's rows to another's.
+TEST(DeviceApply, MoreTablesThanBlocks) {
+  for (const std::uint64_t seed : {1, 2}) {
+    BatchSpec spec;
+    for (int t = 0; t < 150; ++t) {
+      spec.rows.push_back(3 + t % 5);
+      spec.dims.push_back(1 + (t * 37) % 70);
+      spec.feature_tables.push_back((t * 7) % 150);
+      spec.bags.push_back(t % 4);
+    }
+    equals_host<float, float>(spec, kRmsprop, linear(), Nearest{}, seed);
+    equals_host<half, float>(spec, Moments{}, linear(), Stochastic{seed}, seed);
+  }
+}
+
+// Many rows to a tile, one after another.
+TEST(DeviceApply, ManyRows) {
+  equals_host<float, float>(one_table(5000, 3, 2000, 5), kRmsprop, linear(), Nearest{}, 1);
+  equals_host<coldrow::bfloat16, float>(one_table(3000, 70, 800, 3), kRmsprop, linear(),
+                                        Stochastic{1}, 2, {all_orders()[2]});
 }
 
 TEST(DeviceApply, RowsTooWideForSharedMemory) {
@@ -243,6 +265,95 @@ TEST(DeviceApply, FollowsTheReference) {
   follow_reference<coldrow::bfloat16, half, std::int64_t>(spec, decay_cases()[3], true);
 }
 
+// Rows, outputs and state that lie more than 2^32 elements into their arrays.
+TEST(DeviceApply, OffsetsBeyond32Bits) {
+  using Update = RowUpdate<half, float, Moments, AnyDecay, Nearest>;
+  constexpr std::int64_t kRows = 80'000'000;
+  constexpr std::int64_t kFar = 5'000'000'000;
+  constexpr int kDim = 72;  // 5.76e9 elements
+  const VirtualMemory<half> weight(kRows * kDim);
+  const VirtualMemory<float> first(kRows * kDim), second(kRows * kDim), scalars(kRows * 2);
+  const VirtualMemory<std::int32_t> prev_iter(kRows);
+  const VirtualMemory<float> grad(kFar + 10 * kDim);
+  Table<half, Moments> table;
+  table.weight = weight.data();
+  table.rows = kRows;
+  table.dim = kDim;
+  table.prev_iter = {prev_iter.data(), 1};
+  table.scalars[0] = {scalars.data(), 2};
+  table.scalars[1] = {scalars.data() + 1, 2};
+  table.vectors[0] = first.data();
+  table.vectors[1] = second.data();
+
+  Random random(1);
+  BatchSpec spec = one_table(kRows, kDim, 10, 1);
+  spec.offsets = false;
+  std::vector<TestTable<half, Moments>> none;
+  TestBatch<std::int64_t> batch(spec, random);
+  batch.indices = {kRows - 1, 0, 70'000'001, kRows - 1, 1, 2, 3, 60'000'000, 3, kRows - 2};
+  batch.features[0].out_offset = kFar;
+  batch.features[0].out_stride = kDim;
+  for (std::int64_t i = 0; i < 10 * kDim; ++i) {
+    grad.data()[kFar + i] = static_cast<float>(random.below(5) - 2) / 4.0f;
+  }
+  DeviceBatch<std::int64_t> d(batch, none);
+  const std::int64_t base[2] = {0, kRows};
+  const device::TableInfo info{weight.data(), kRows, kDim, {prev_iter.data(), 1}};
+  const std::int32_t by_table = 0, first_feature[2] = {0, 1};
+  d.layout.tables = &info;
+  d.layout.table_base = base;
+  d.layout.num_tables = 1;
+  d.layout.features_by_table = &by_table;
+  d.layout.first_feature = first_feature;
+  d.extent.total_rows = kRows;
+  d.extent.widest = kDim;
+  d.extent.num_tables = 1;
+  const auto update = Update::at(1, 0.5);
+  device::Queue queue(nullptr);
+  std::size_t sort_bytes = 0;
+  queue.add(device::radix_sort_bytes(d.extent, sort_bytes));
+  const DeviceMemory memory(1 << 20);
+  device::Workspace w(memory.data());
+  const auto segments = device::take_segment_space(w, d.extent, sort_bytes);
+  const auto space = device::take_apply_space(w, d.extent, 0);
+  ASSERT_LE(w.bytes(), std::size_t{1} << 20);
+  device::begin_batch(queue, &d.report, true);
+  device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
+  const auto sorted = device::segment(queue, d.batch, d.layout, d.extent, segments, &d.report);
+  const device::Gradient gradient{grad.data(), device::NumericType::float32};
+  device::apply(queue, device::TableGroup<Update>{&table, &by_table, &update, 1}, d.layout,
+                d.extent, gradient, sorted, segments.runs, space, device::Pass::update, &d.report);
+  ASSERT_EQ(d.report.found, device::kNothing);
+
+  for (const std::int64_t r : {kRows - 1, kRows - 2, std::int64_t{0}, std::int64_t{1},
+                               std::int64_t{3}, std::int64_t{60'000'000}}) {
+    ASSERT_EQ(prev_iter.data()[r], 1) << "row " << r;
+    for (int c = 0; c < kDim; ++c) {
+      float g = 0.0f;
+      for (std::int64_t i = 0; i < 10; ++i) {
+        if (batch.indices[static_cast<std::size_t>(i)] == r) g += grad.data()[kFar + i * kDim + c];
+      }
+      ASSERT_EQ(first.data()[r * kDim + c], 0.25f * g) << "row " << r << ", column " << c;
+      ASSERT_EQ(second.data()[r * kDim + c], g * g);
+      ASSERT_NEAR(value_of(weight.data()[r * kDim + c]), -0.5 * 0.25 * g / (std::fabs(g) + 1e-3),
+                  1e-4);
+    }
+  }
+
+  // The forward reads them again.
+  const VirtualMemory<float> out(kFar + 10 * kDim);
+  std::vector<std::int32_t> first_block(2);
+  device::lookup<half, device::ReadStored>(queue, {&by_table, 1}, d.batch, d.layout, nullptr,
+                                           &d.report, out.data(), device::NumericType::float32, 0,
+                                           first_block.data(), kMachine);
+  for (std::int64_t i = 0; i < 10; ++i) {
+    const std::int64_t r = batch.indices[static_cast<std::size_t>(i)];
+    for (int c = 0; c < kDim; ++c) {
+      ASSERT_EQ(value_of(out.data()[kFar + i * kDim + c]), value_of(weight.data()[r * kDim + c]));
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------- not finite, stale
 
 struct BadCase {
@@ -257,7 +368,8 @@ struct BadCase {
 
   // Makes the gradients of two bags infinite and squares of a third overflow.
   void poison() {
-    for (const std::size_t i : {std::size_t{3}, batch.lookups.size() / 2, batch.lookups.size() - 2}) {
+    for (const std::size_t i :
+         {std::size_t{3}, batch.lookups.size() / 2, batch.lookups.size() - 2}) {
       const Lookup& l = batch.lookups[i];
       grad[static_cast<std::size_t>(batch.out_element(l, 0))] = i == 3 ? 3e38f : kInff;
     }

@@ -25,7 +25,8 @@ TEST(DeviceGroup, TilesSumInAFixedOrder) {
         from[i] = tile.from(static_cast<int>(i), lanes - 1);
       });
       for (std::size_t i = 0; i < 64; ++i) {
-        const std::size_t first = i / static_cast<std::size_t>(lanes) * static_cast<std::size_t>(lanes);
+        const std::size_t first =
+            i / static_cast<std::size_t>(lanes) * static_cast<std::size_t>(lanes);
         EXPECT_EQ(ranks[i], static_cast<int>(i - first));
         if (first / static_cast<std::size_t>(lanes) % 3 == 1) continue;
         std::vector<float> a(x.begin() + static_cast<std::ptrdiff_t>(first),
@@ -52,9 +53,9 @@ void expect_random() {
       const std::uint64_t k = mix64(99 ^ mix64(7));
       for (int i = 0; i < N; ++i) {
         const std::int64_t c = offset + column + i;
-        const Philox4 r = philox4x32_10(
-            {{static_cast<std::uint32_t>(c >> 3), 5u, 1u << 8, 12u}},
-            static_cast<std::uint32_t>(k), static_cast<std::uint32_t>(k >> 32));
+        const Philox4 r =
+            philox4x32_10({{static_cast<std::uint32_t>(c >> 3), 5u, 1u << 8, 12u}},
+                          static_cast<std::uint32_t>(k), static_cast<std::uint32_t>(k >> 32));
         const std::uint32_t word = r.word[(c & 7) / 2];
         ASSERT_EQ(out[i], (c & 1) != 0 ? word >> 16 : word & 0xffffu) << N << ", column " << c;
       }
@@ -97,9 +98,8 @@ void expect_moves() {
       }
       for (int i = 0; i < 64; ++i) {
         const int k = i - first;
-        ASSERT_EQ(value_of(memory[i]), k >= 0 && k < count
-                                           ? k + 0.5
-                                           : value_of(values[static_cast<std::size_t>(i)]));
+        ASSERT_EQ(value_of(memory[i]),
+                  k >= 0 && k < count ? k + 0.5 : value_of(values[static_cast<std::size_t>(i)]));
       }
     }
   }

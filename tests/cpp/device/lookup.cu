@@ -5,14 +5,13 @@
 
 namespace coldrow::device {
 
-#define INSTANTIATE(Weight, Read)                                                                \
-  template void lookup<Weight, Read>(Queue&, const FeatureGroup&, const Batch&, const Layout&,   \
-                                     const Read*, const Report*, void*, NumericType,             \
-                                     std::int64_t, std::int32_t*, Machine);                      \
-  template void weight_gradients<Weight, Read>(Queue&, const FeatureGroup&, const Batch&,        \
-                                               const Layout&, const Read*, const Report*,        \
-                                               const void*, NumericType, float*, std::int32_t*,  \
-                                               Machine);
+#define INSTANTIATE(Weight, Read)                                                                  \
+  template void lookup<Weight, Read>(Queue&, const FeatureGroup&, const Batch&, const Layout&,     \
+                                     const Read*, const Report*, void*, NumericType, std::int64_t, \
+                                     std::int32_t*, Machine);                                      \
+  template void weight_gradients<Weight, Read>(                                                    \
+      Queue&, const FeatureGroup&, const Batch&, const Layout&, const Read*, const Report*,        \
+      const void*, NumericType, float*, std::int32_t*, Machine);
 
 INSTANTIATE(float, ReadStored)
 INSTANTIATE(half, ReadStored)

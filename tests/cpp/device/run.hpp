@@ -57,6 +57,26 @@ class DeviceMemory {
   unsigned char* base_;
 };
 
+// Memory of any size, of which only what is touched exists.
+template <class T>
+class VirtualMemory {
+ public:
+  explicit VirtualMemory(std::int64_t count) : bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<T*>(p);
+  }
+  VirtualMemory(const VirtualMemory&) = delete;
+  VirtualMemory& operator=(const VirtualMemory&) = delete;
+  ~VirtualMemory() { munmap(static_cast<void*>(data_), bytes_); }
+  T* data() const { return data_; }
+
+ private:
+  std::size_t bytes_;
+  T* data_;
+};
+
 // A table, with the state that Optimizer declares; scalars and prev_iter in one record per row.
 template <class W, class Optimizer>
 struct TestTable {
@@ -149,8 +169,7 @@ struct DeviceBatch {
     const auto num_features = static_cast<std::int32_t>(features.size());
     std::int64_t rows = 0;
     for (auto& t : tables) {
-      infos.push_back(
-          {t.weight.data(), t.rows, t.dim, {t.records.data() + t.kScalars, t.kRecord}});
+      infos.push_back({t.weight.data(), t.rows, t.dim, {t.records.data() + t.kScalars, t.kRecord}});
       rows += t.rows;
       extent.widest = std::max(extent.widest, t.dim);
     }
@@ -167,9 +186,8 @@ struct DeviceBatch {
         if (!test.spec.pooled) f.first_row = f.out_offset = f.out_stride = -77;
       }
     }
-    layout = {infos.data(),    base.data(),   num_tables,
-              features.data(), num_features,  by_table.data(),
-              first_feature.data()};
+    layout = {infos.data(), base.data(),     num_tables,          features.data(),
+              num_features, by_table.data(), first_feature.data()};
     batch.indices = integers(test.indices);
     if (test.spec.offsets) batch.offsets = integers(test.offsets);
     batch.bags = test.bags;

@@ -33,6 +33,19 @@ struct Segmented {
     device::SegmentSpace space;
     const DeviceMemory memory(take(device::Workspace(nullptr), space));
     take(device::Workspace(memory.data()), space);
+    // Reading beyond the last entry is a fault.
+    using Bytes = std::vector<unsigned char>;
+    const auto n = static_cast<std::size_t>(d.extent.positions);
+    const AtPageEnd<unsigned char> keys_at[2] = {
+        AtPageEnd<unsigned char>(Bytes(n * (device::wide_keys(d.extent) ? 8 : 4))),
+        AtPageEnd<unsigned char>(Bytes(n * (device::wide_keys(d.extent) ? 8 : 4)))};
+    const AtPageEnd<unsigned char> payloads_at[2] = {
+        AtPageEnd<unsigned char>(Bytes(n * (device::scaled_payloads(d.extent) ? 8 : 4))),
+        AtPageEnd<unsigned char>(Bytes(n * (device::scaled_payloads(d.extent) ? 8 : 4)))};
+    for (const int i : {0, 1}) {
+      space.entries[i].keys = keys_at[i].data();
+      space.entries[i].payloads = payloads_at[i].data();
+    }
     device::begin_batch(queue, &d.report, true);
     device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
     const device::Entries sorted =
@@ -60,8 +73,8 @@ void expect_segments(const BatchSpec& spec, std::uint64_t seed, std::int64_t mor
   // By the definition: lookups in order of the batch, sorted stably by row.
   std::vector<Lookup> want = batch.lookups;
   const auto key_of = [&](const Lookup& l) {
-    return static_cast<std::uint64_t>(more_rows + batch.table_base[static_cast<std::size_t>(l.table)] +
-                                      l.row);
+    return static_cast<std::uint64_t>(more_rows +
+                                      batch.table_base[static_cast<std::size_t>(l.table)] + l.row);
   };
   std::stable_sort(want.begin(), want.end(),
                    [&](const Lookup& a, const Lookup& b) { return key_of(a) < key_of(b); });
@@ -192,6 +205,35 @@ TEST(DeviceSegment, LongRuns) {
     spec.bags = {n, n / 3};
     spec.offsets = false;
     expect_segments<std::int32_t>(spec, static_cast<std::uint64_t>(n));
+  }
+}
+
+// The sums over warps, where there are more of them than a block has threads.
+TEST(DeviceSegment, CountsAreSummedInAnyNumber) {
+  for (const simt::Order& order : all_orders()) {
+    const simt::WithOrder with(order);
+    for (const std::int64_t n : {0, 1, 31, 32, 33, 64, 65, 1000}) {
+      for (const int threads : {32, 64, 96}) {
+        Random random(static_cast<std::uint64_t>(n));
+        std::vector<device::RunCounts> counts, expected;
+        device::RunCounts sum{};
+        for (std::int64_t i = 0; i < n; ++i) {
+          const auto some = [&] { return static_cast<std::int32_t>(random.below(1000)); };
+          counts.push_back({some(), some(), some(), some()});
+          expected.push_back(sum);
+          sum = sum + counts.back();
+        }
+        device::RunCounts totals{-1, -1, -1, -1};
+        device::Report report{};
+        report.found = device::kNothing;
+        device::Queue queue(nullptr);
+        queue.run(device::kernel::scan_counts<>, device::Launch{1, threads, 0}, counts.data(), n,
+                  &totals, static_cast<const device::Report*>(&report));
+        expected.push_back(sum);
+        counts.push_back(totals);
+        ASSERT_TRUE(same_bits(counts, expected)) << n << " counts, " << threads << " threads";
+      }
+    }
   }
 }
 

@@ -2,8 +2,9 @@
 // host compiler with COLDROW_SIMT defined. Include it before any coldrow header.
 //
 // Every thread of a block is a fiber. One fiber runs at a time, as far as it gets: to the next
-// shuffle, barrier or the end. That is one of the orders a device may choose, and which one is
-// settable, so code that relies on another order gives a wrong result here, always. What threads do
+// shuffle, barrier or the end; then the first that can go on. Which threads come first is settable:
+// forward, a warp is as far ahead of the next as barriers let it be. Each is one of the orders a device
+// may choose, so code that relies on another gives a wrong result here, always. What threads do
 // where they meet is checked: all lanes named in a mask must come, to the same place in the source,
 // and no thread may miss a barrier. Shared memory starts each block as NaNs and ends where it ends
 // (so that a sanitizer sees accesses beyond it). Blocks run one after another.
@@ -113,20 +114,20 @@ class Block {
     std::mt19937 random(order.seed);
     for (unsigned i = 0; i < threads; ++i) start(i);
     failure_ = nullptr;
+    // The first that can go on does, so one warp may be far ahead of another.
     for (unsigned left = threads; left > 0;) {
-      if (order.kind == Order::random) std::shuffle(turns.begin(), turns.end(), random);
-      bool moved = false;
-      for (const unsigned i : turns) {
-        Fiber& fiber = *fibers_[i];
-        if (fiber.state != Fiber::ready) continue;
-        moved = true;
-        running_ = &fiber;
-        go(scheduler_, fiber.place);
-        running_ = nullptr;
-        if (failure_) std::rethrow_exception(failure_);
-        if (fiber.state == Fiber::done) --left;
+      if (order.kind == Order::random && random() % 16 == 0) {
+        std::shuffle(turns.begin(), turns.end(), random);
       }
-      if (!moved) throw Fault("threads wait for each other for ever: " + waiting());
+      const auto next = std::find_if(turns.begin(), turns.end(),
+                                     [&](unsigned i) { return fibers_[i]->state == Fiber::ready; });
+      if (next == turns.end()) {
+        throw Fault("threads wait for each other for ever: " + waiting());
+      }
+      running_ = fibers_[*next].get();
+      go(scheduler_, running_->place);
+      if (failure_) std::rethrow_exception(failure_);
+      if (running_->state == Fiber::done) --left;
     }
   }
 
@@ -201,7 +202,8 @@ class Block {
     const unsigned first = me.number / 32 * 32;
     for (unsigned l = 0; l < 32; ++l) {
       if ((mask >> l & 1u) == 0) continue;
-      if (first + l >= count_) throw Fault("a mask names lanes that there are not, " + place(me.site));
+      if (first + l >= count_)
+        throw Fault("a mask names lanes that there are not, " + place(me.site));
       const Fiber& other = *fibers_[first + l];
       if (other.state == Fiber::done) {
         throw Fault("a lane ended that others wait for, " + place(me.site));
@@ -349,8 +351,8 @@ cudaError_t radix_sort_pairs(void* temp, std::size_t& temp_bytes, Key* const (&k
   std::memset(temp, 0xee, need);
   in_second = (bits + 7) / 8 % 2 == 1;
   const auto n = static_cast<std::size_t>(count);
-  const Key mask = bits >= static_cast<int>(8 * sizeof(Key)) ? static_cast<Key>(~Key{0})
-                                                             : (Key{1} << bits) - 1;
+  const Key mask =
+      bits >= static_cast<int>(8 * sizeof(Key)) ? static_cast<Key>(~Key{0}) : (Key{1} << bits) - 1;
   std::vector<std::size_t> order(n);
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {

@@ -7,7 +7,9 @@ namespace coldrow_test {
 namespace {
 
 std::vector<simt::Order> orders() {
-  return {{simt::Order::forward, 0}, {simt::Order::reverse, 0}, {simt::Order::random, 1},
+  return {{simt::Order::forward, 0},
+          {simt::Order::reverse, 0},
+          {simt::Order::random, 1},
           {simt::Order::random, 2}};
 }
 

@@ -37,8 +37,8 @@ TEST(DeviceStep, PreparedUpdatesAreTheHosts) {
     ASSERT_EQ(report.found, device::kNothing);
     for (std::size_t i = 0; i < recipes.size(); ++i) {
       const auto& r = recipes[i];
-      Update expected = Update::at(at + 1, r.lr.get(), r.optimizer, r.decay, r.rounding,
-                                   r.decay_state, epoch);
+      Update expected =
+          Update::at(at + 1, r.lr.get(), r.optimizer, r.decay, r.rounding, r.decay_state, epoch);
       expected.on_nonfinite = r.on_nonfinite;
       EXPECT_EQ(updates[i].step, expected.step);
       EXPECT_EQ(updates[i].lr, expected.lr);
@@ -62,9 +62,9 @@ TEST(DeviceStep, TheFirstProblemOfTheLowestKindCounts) {
   EXPECT_LT(device::pack(Refusal::stale_row, (1ull << 56) - 1),
             device::pack(Refusal::nonfinite_row, 0));
   EXPECT_LT(device::pack(Refusal::nonfinite_row, (1ull << 56) - 1), device::kNothing);
-  for (const auto kind : {BatchProblem::none, BatchProblem::offsets_start,
-                          BatchProblem::offsets_decrease, BatchProblem::offsets_end,
-                          BatchProblem::index_range}) {
+  for (const auto kind :
+       {BatchProblem::none, BatchProblem::offsets_start, BatchProblem::offsets_decrease,
+        BatchProblem::offsets_end, BatchProblem::index_range}) {
     EXPECT_EQ(static_cast<BatchProblem::Kind>(static_cast<Refusal>(kind)), kind);
   }
 }

@@ -12,6 +12,7 @@ using device::choose_flat;
 using device::choose_tiles;
 using device::Launch;
 using device::Machine;
+using device::TileLaunch;
 
 constexpr Machine kLarge{132};
 
@@ -30,13 +31,18 @@ TEST(DeviceTuning, LanesHoldTheRow) {
 }
 
 TEST(DeviceTuning, LaunchesAreNeverEmptyAndNeverTooLarge) {
-  for (const std::int64_t items : {0ll, 1ll, 127ll, 128ll, 129ll, 1000000ll, 1ll << 40}) {
+  for (const std::int64_t items : {0ll, 1ll, 127ll, 128ll, 129ll, 10000000ll, 1ll << 40}) {
     const Launch flat = choose_flat(items, kLarge);
     EXPECT_GE(flat.blocks, 1);
     EXPECT_LE(flat.blocks, 132 * 2048 / device::kThreads);
-    const Launch tiles = choose_tiles(items, 3, device::kThreads, kLarge);
-    EXPECT_GE(tiles.blocks, 1);
-    EXPECT_LE(tiles.blocks, 2 * 132 * 2048 / device::kThreads);
+    const TileLaunch tiles = choose_tiles(items, 3, device::kThreads, kLarge);
+    EXPECT_GE(tiles.launch.blocks, 1);
+    EXPECT_LE(tiles.launch.blocks, 2 * 132 * 2048 / device::kThreads);
+    EXPECT_GE(tiles.rounds, 1);
+    EXPECT_LE(tiles.rounds, device::kMaxRounds);
+    // Few items: one each, over many blocks.
+    EXPECT_TRUE(items > 1000 || tiles.rounds == 1);
+    EXPECT_TRUE(items < 1 << 20 || tiles.rounds == device::kMaxRounds);
   }
   EXPECT_EQ(choose_flat(129, kLarge).blocks, 2);
 }
