@@ -70,9 +70,8 @@ $(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
 	$(PYTHON) -m venv --clear $(DISTRIBUTED)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	    > $$(echo $(DISTRIBUTED)/lib/python3*/site-packages)/below.pth
-	$(DISTRIBUTED)/bin/python -m pip install -q --no-deps -r requirements-torchrec.txt \
+	$(DISTRIBUTED)/bin/python -m pip install -q --no-deps -r requirements-torchrec.txt && touch $@ \
 	  || { [ -z "$$COLDROW_REQUIRE_TORCHREC" ] && echo "TorchRec NOT installed: its tests will not run"; }
-	@touch $@
 
 test-distributed: build $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)

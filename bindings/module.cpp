@@ -160,11 +160,9 @@ NB_MODULE(_core, m) {
         "out[i] = row indices[i] as a read-charged forward before `step` sees it.");
 
   nb::class_<TableBatch>(m, "TableBatch", "Tables and features of a table-batched module.")
-      .def(nb::init<std::vector<std::string>, std::vector<std::uint64_t>,
-                    std::vector<std::int32_t>, std::vector<std::int64_t>,
-                    std::vector<std::int64_t>>(),
-           "names"_a, "keys"_a, "feature_tables"_a,
-           "row_offsets"_a = std::vector<std::int64_t>(),
+      .def(nb::init<std::vector<std::string>, std::vector<std::uint64_t>, std::vector<std::int32_t>,
+                    std::vector<std::int64_t>, std::vector<std::int64_t>>(),
+           "names"_a, "keys"_a, "feature_tables"_a, "row_offsets"_a = std::vector<std::int64_t>(),
            "col_offsets"_a = std::vector<std::int64_t>())
       .def("lookup", &TableBatch::lookup, "weights"_a, "prev_iters"_a, "updates"_a, "lrs"_a,
            "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),

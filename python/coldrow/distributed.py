@@ -257,6 +257,16 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             if lo < hi:
                 self._parameters_list[t].data.copy_(self._drawn(t, lo, hi))
 
+    @classmethod
+    def from_torch(
+        cls, module: nn.EmbeddingBag | nn.Embedding, update: RowUpdate | None = None, **kwargs: Any
+    ) -> RowShardedEmbeddingBags:
+        """Refuse: build it, then ``load_state_dict`` whole tables."""
+        raise NotImplementedError(
+            "from_torch: accepted: build RowShardedEmbeddingBags, then load_state_dict() with the "
+            "state_dict of TableBatchedEmbeddingBags.from_torch()"
+        )
+
     def _prepare(self) -> None:
         super()._prepare()
         if not self._whole:  # the base class is still building
