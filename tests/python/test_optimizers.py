@@ -859,10 +859,9 @@ def test_a_row_that_is_not_finite_keeps_all_its_state(name, dtype, bad):
     for key in state:
         state[key].copy_(before[key])
     coldrow.apply_(update, weight, poisoned, indices, state, step=2, on_nonfinite="propagate")
-    row = [array[1].isfinite().all() for array in (weight, *state.values())]
-    assert all(row) == (
-        name == "SGD" and bad == 1e30 and dtype != torch.float16
-    )  # 3e28 is a weight
+    # Without a second moment that overflows (Adagrad's ends at the largest float32) only float16 does.
+    bounded = name in ("SGD", "Adagrad") and bad == 1e30 and dtype != torch.float16
+    assert all(array[1].isfinite().all() for array in (weight, *state.values())) == bounded
     assert state["prev_iter"].tolist() == [2, 2, 0, 2]
     for array in (weight, *state.values()):
         assert array[[0, 2, 3]].isfinite().all()
