@@ -26,16 +26,18 @@ from coldrow.optim import SparseOptimizer
 from coldrow.policies import compiled
 
 # Constants that no other optimizer has, and an eps that counts beside gradients of about 1/2.
-ADAM = {"lr": 0.03, "beta1": 0.8, "beta2": 0.95, "eps": 0.05}
+ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 0.05}
 OPTIMIZERS = {
     "SGD": coldrow.SGD(lr=0.03),
-    "RowwiseRMSprop": coldrow.RowwiseRMSprop(lr=0.03, eps=0.05, ema_beta=0.7),
-    "RowwiseAdagrad": coldrow.RowwiseAdagrad(lr=0.03, eps=0.07),
-    "Adagrad": coldrow.Adagrad(lr=0.03, eps=0.06),
-    "Adam": coldrow.Adam(**ADAM),
-    "Adam by row": coldrow.Adam(**ADAM, bias_correction="row"),
-    "PartialRowwiseAdam": coldrow.PartialRowwiseAdam(**ADAM),
-    "PartialRowwiseAdam by row": coldrow.PartialRowwiseAdam(**ADAM, bias_correction="row"),
+    "RowwiseRMSprop": coldrow.RowwiseRMSprop(lr=0.02, eps=0.05, ema_beta=0.7),
+    "RowwiseAdagrad": coldrow.RowwiseAdagrad(lr=0.04, eps=0.07),
+    "Adagrad": coldrow.Adagrad(lr=0.035, eps=0.06),
+    "Adam": coldrow.Adam(lr=0.031, **ADAM),
+    "Adam by row": coldrow.Adam(lr=0.028, **ADAM, bias_correction="row"),
+    "PartialRowwiseAdam": coldrow.PartialRowwiseAdam(lr=0.032, **ADAM),
+    "PartialRowwiseAdam by row": coldrow.PartialRowwiseAdam(
+        lr=0.038, **ADAM, bias_correction="row"
+    ),
 }
 # What the optimizer keeps beside prev_iter, in order: arrays [rows], then arrays [rows, dim].
 STATES = {
@@ -48,7 +50,7 @@ STATES = {
     "PartialRowwiseAdam": (["momentum2"], ["momentum1"]),
     "PartialRowwiseAdam by row": (["momentum2", "touches"], ["momentum1"]),
 }
-# Factors below 0.1 that are not 0 would ask for other tolerances: see support.check_step.
+# Such that with the lr above no factor between 0 and 0.1 comes about: see support.check_step.
 UNGATED = [
     coldrow.LinearClipped(alpha=2.0, min_shrinkage=0.5),
     coldrow.LinearClipped(alpha=20.0, min_shrinkage=0.0),
@@ -449,10 +451,10 @@ def test_row_wise_states_of_one_column_are_element_wise():
     gradients = sparse_gradients(1)
     for row_wise, element_wise in (
         (coldrow.RowwiseAdagrad(0.05, 0.01), coldrow.Adagrad(0.05, 0.01)),
-        (coldrow.PartialRowwiseAdam(**ADAM), coldrow.Adam(**ADAM)),
+        (coldrow.PartialRowwiseAdam(0.01, **ADAM), coldrow.Adam(0.01, **ADAM)),
         (
-            coldrow.PartialRowwiseAdam(**ADAM, bias_correction="row"),
-            coldrow.Adam(**ADAM, bias_correction="row"),
+            coldrow.PartialRowwiseAdam(0.01, **ADAM, bias_correction="row"),
+            coldrow.Adam(0.01, **ADAM, bias_correction="row"),
         ),
     ):
         got, want = (ours(o, gradients, dim=1) for o in (row_wise, element_wise))
