@@ -24,6 +24,12 @@ struct Forward {
     std::vector<device::ReadRecipe<AnyDecay>> recipes(tables.size(), {decay, {&lr}});
     std::vector<Read> reads(tables.size());
     std::vector<std::int32_t> first_block(tables.size() + d.features.size() + 1);
+    // Rows may not be read beyond the last.
+    std::vector<std::unique_ptr<AtPageEnd<W>>> weights;
+    for (std::size_t i = 0; i < tables.size(); ++i) {
+      weights.push_back(std::make_unique<AtPageEnd<W>>(tables[i].weight));
+      d.infos[i].weight = weights.back()->data();
+    }
     device::Queue queue(nullptr);
     device::begin_batch(queue, &d.report, true);
     device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
