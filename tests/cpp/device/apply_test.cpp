@@ -231,9 +231,9 @@ void follow_reference(const BatchSpec& spec, const DecayCase& decay, bool decay_
         v.push_back(value_of(float_of(static_cast<std::uint32_t>(before[t].records[2 * r]))));
         prev.push_back(before[t].records[2 * r + 1]);
       }
-      reference::apply(expected, w.data(), dim, {prev.data(), v.data()}, grads.data(), indices.data(),
-                       static_cast<std::int64_t>(indices.size()), step.step, step.lr,
-                       step.epoch_start);
+      reference::apply(expected, w.data(), dim, {prev.data(), v.data()}, grads.data(),
+                       indices.data(), static_cast<std::int64_t>(indices.size()), step.step,
+                       step.lr, step.epoch_start);
       for (std::size_t r = 0; r < prev.size(); ++r) {
         ASSERT_EQ(tables[t].records[2 * r + 1], prev[r]);
         ASSERT_NEAR(float_of(static_cast<std::uint32_t>(tables[t].records[2 * r])), v[r],

@@ -311,7 +311,7 @@ host::ApplyReport host_update(const TestBatch<Index>& test,
       if (f.table == static_cast<std::int32_t>(t)) features.push_back(f);
     }
     const host::GradientRows<G> rows{grad, features.data(), static_cast<int>(features.size())};
-    std::vector<float> scratch(static_cast<std::size_t>((tables[t].dim + 15) / 16 * 16));
+    std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(tables[t].dim)));
     report.merge(host::apply_runs(update, tables[t].view(), sorted, lo, hi, base,
                                   host::Pass::update, rows, scratch.data()));
     lo = hi;
