@@ -18,6 +18,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
+	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
 
 build: $(VENV)/.installed
@@ -38,6 +39,11 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 
 demo: build
 	$(BIN)/python examples/train_ctr.py $(ARGS)
+
+# The pictures of the documents, from the library.
+.PHONY: plots
+plots: build
+	$(BIN)/python docs/plots.py
 
 test: test-python test-cpp
 
