@@ -2,7 +2,7 @@
 
 ``save`` writes to a file beside the target, syncs it to disk and renames it: a kill or a power cut at any
 moment leaves the last good checkpoint. ``.safetensors`` files hold tensors and, in their metadata, what a
-state_dict has besides (the policies of coldrow's modules); anything else is written by ``torch.save``.
+state_dict has besides (the policies of coldrow's modules); anything else is written by ``torch.save``::
 
     coldrow.checkpoint.save(model.state_dict(), "model.safetensors")
     model.load_state_dict(coldrow.checkpoint.load("model.safetensors"))

@@ -1,4 +1,4 @@
-"""The operators that ``torch.compile`` and ``torch.export`` see, in ``torch.ops.coldrow``.
+"""The operators that ``torch.compile`` and ``torch.export`` see, in ``torch.ops.coldrow``::
 
     lookup(anchor, weights, memory, lrs, clock, epoch_start, nonfinite, grad_scale, indices, offsets,
            per_sample_weights, batch_sizes, train, spec) -> Tensor
@@ -11,7 +11,7 @@ They are what :class:`coldrow.nn.TableBatchedEmbeddingBags` and :func:`coldrow.a
 are traced; eager calls take a shorter way to the same kernels. ``spec`` is text that says all that is not a
 tensor: tables, features, policies and options. Clock, epoch start (int64) and learning rates (float64) are
 0-dim tensors read when the kernel runs, so that changing them compiles nothing anew. ``memory`` is optimizer
-state as :class:`coldrow.nn.table.State` keeps it: int32 records. The backward of ``lookup`` calls
+state as ``coldrow.nn.table.State`` keeps it: int32 records. The backward of ``lookup`` calls
 ``update_`` where ``train`` is set, and ticks the clock.
 """
 
