@@ -18,6 +18,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
+	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
 	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
 
@@ -39,6 +40,18 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 
 demo: build
 	$(BIN)/python examples/train_ctr.py $(ARGS)
+
+# The site, in the same environment. Nothing is loaded from elsewhere, neither now nor when it is read.
+.PHONY: docs
+docs: build $(VENV)/.docs
+	@rm -rf build/docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python -m pytest tests/docs
+	@echo "the site: build/docs/index.html"
+
+$(VENV)/.docs: $(VENV)/.requirements requirements-docs.txt
+	$(BIN)/python -m pip install -q -r requirements-docs.txt -c constraints.txt
+	@touch $@
 
 # The pictures of the documents, from the library.
 .PHONY: plots
