@@ -15,6 +15,7 @@ help:
 	@echo "make test    build, then the Python and the C++ tests"
 	@echo "make test-distributed   2 and 4 processes against one, with TorchRec where it can be installed"
 	@echo "make test-fbgemm  coldrow.compat.fbgemm beside FBGEMM (its own environment)"
+	@echo "make test-torch  one wheel under other torch releases and Pythons (gigabytes)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
@@ -94,6 +95,11 @@ $(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
 
 test-distributed: build $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)
+
+# One wheel under other torch releases and Pythons: tests/torch_releases.sh says how.
+.PHONY: test-torch
+test-torch: build
+	tests/torch_releases.sh $(ARGS)
 
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.cu' '*.cuh')
 

@@ -733,6 +733,8 @@ SCHEDULERS = {
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_torch_schedulers(name, fused):
+    if name == "warm-up" and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch < 2.10: SequentialLR loses a learning rate that is a tensor")
     make_scheduler, factors = SCHEDULERS[name]
     emb = make_measurable(fused)
     scheduler = make_scheduler(emb.optimizer)
@@ -1175,6 +1177,7 @@ def small(dtype=torch.float32, **options):
 ONE, BAGS = torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch < 2.10")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_16_bit_tables_accumulate_in_float32(dtype):
     emb = small(dtype, fused=False)

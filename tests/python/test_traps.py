@@ -255,7 +255,7 @@ def test_fake_tensor(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_tensor(name):
     tensors = make_tensors()
-    parts = (f"{name}: ", "meta", "accepted: ")
+    parts = (f"{name}: ", "accepted: ")  # (what it says it got depends on the release of torch)
     assert_refused(tensors, {name: tensors[name].to("meta")}, (TypeError, ValueError), *parts)
 
 
