@@ -194,10 +194,13 @@ struct RowUpdate {
       const int count = min_of(N, dim - c);
       Elements<N> e;
       elements(p, row, grad, c, count, e);
-      for (int k = 0; k < count; ++k) {
-        finite = finite && is_finite(e.amount[k]);
-        for (int s = 0; s < Optimizer::vector_states; ++s)
-          finite = finite && is_finite(e.vectors[s][k]);
+      COLDROW_LANES
+      for (int k = 0; k < N; ++k) {
+        bool good = is_finite(e.amount[k]);
+        for (int s = 0; s < Optimizer::vector_states; ++s) {
+          good = good && is_finite(e.vectors[s][k]);
+        }
+        finite = finite && (k >= count || good);
       }
     }
     return group.sum(finite ? 0.0f : 1.0f) == 0.0f;

@@ -122,6 +122,22 @@ TEST(DeviceApply, SharedTablesOfAllWidths) {
   equals_host<float, float>(spec, kRmsprop, linear(), Nearest{}, 4);
 }
 
+TEST(DeviceApply, EveryOptimizer) {
+  for (const int dim : {1, 6, 16, 33, 70, 130}) {
+    const auto u = static_cast<std::uint64_t>(dim);
+    const BatchSpec spec = one_table(20, dim, 12, 5);
+    const std::vector<simt::Order> one{all_orders()[u % 4]};
+    equals_host<float, float>(spec, SGD{}, linear(), Nearest{}, u, one);
+    equals_host<half, float>(spec, RowwiseAdagrad{}, linear(), Stochastic{u}, u, one);
+    equals_host<float, half>(spec, Adagrad{}, linear(), Nearest{}, u, one);
+    equals_host<coldrow::bfloat16, float>(spec, Adam<>{}, linear(), Stochastic{u}, u, one);
+    equals_host<float, float>(spec, Adam<BiasCorrection::row>{}, linear(), Nearest{}, u, one);
+    equals_host<half, float>(spec, PartialRowwiseAdam<>{}, linear(), Nearest{}, u, one);
+    equals_host<float, float>(spec, PartialRowwiseAdam<BiasCorrection::row>{}, linear(), Nearest{},
+                              u, one);
+  }
+}
+
 TEST(DeviceApply, EveryDecay) {
   for (const DecayCase& c : decay_cases()) {
     equals_host<float, float>(one_table(20, 20, 12, 5), kRmsprop, c.policy, Nearest{}, 2,

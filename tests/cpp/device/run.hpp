@@ -250,8 +250,8 @@ std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G
     views.push_back(t.view());
     recipes.push_back({optimizer, decay, rounding, spec.decay_state, spec.on_nonfinite, {&lr}});
   }
-  std::vector<Update> updates(tables.size());
-  std::memset(static_cast<void*>(updates.data()), 0xff, updates.size() * sizeof(Update));
+  const DeviceMemory update_memory(tables.size() * sizeof(Update));
+  auto* const updates = static_cast<Update*>(update_memory.data());
 
   device::Queue queue(nullptr);
   std::size_t sort_bytes = 0;
@@ -270,13 +270,13 @@ std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G
   device::begin_batch(queue, &d.report, true);
   device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
   device::prepare_updates(queue, {{&clock}, {&epoch_start}}, recipes.data(), numbers.data(), count,
-                          updates.data(), &d.report);
+                          updates, &d.report);
   const device::Entries sorted =
       device::segment(queue, d.batch, d.layout, d.extent, segments, &d.report);
   const device::Gradient gradient{grad, type_of<G>()};
   device::sum_long_runs(queue, d.layout, d.extent, gradient, sorted, segments.runs, space,
                         &d.report);
-  const device::TableGroup<Update> group{views.data(), numbers.data(), updates.data(), count};
+  const device::TableGroup<Update> group{views.data(), numbers.data(), updates, count};
   if (spec.check != 0) {
     device::apply(queue, group, d.layout, d.extent, gradient, sorted, segments.runs, space,
                   static_cast<device::Pass>(spec.check), &d.report);
@@ -285,7 +285,7 @@ std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G
                 device::Pass::update, &d.report);
   device::finish_batch(queue, d.batch, d.layout, &d.report, &clock);
   EXPECT_EQ(queue.error, cudaSuccess);
-  EXPECT_TRUE(memory.intact()) << "written beside the workspace";
+  EXPECT_TRUE(memory.intact() && update_memory.intact()) << "written beside the workspace";
   return clock;
 }
 
