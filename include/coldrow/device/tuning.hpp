@@ -33,8 +33,7 @@ inline constexpr int kMaxParts = 64;
 inline constexpr int kThreads = 128;
 // Blocks a multiprocessor is to hold at once: what bounds the registers of a thread. These are the
 // largest numbers at which the compiler keeps everything in registers (nvcc 13.0 for sm_90), the
-// update's by whether the optimizer has state
-// per element.
+// update's by whether the optimizer has state per element.
 COLDROW_HD constexpr int apply_blocks(int vector_states) { return vector_states > 0 ? 4 : 5; }
 inline constexpr int kLookupBlocks = 5;
 inline constexpr int kWeightGradientBlocks = 4;
