@@ -19,6 +19,7 @@ using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using size_t = decltype(sizeof(0));
+using uintptr_t = unsigned long;
 using ptrdiff_t = long;
 using nullptr_t = decltype(nullptr);
 static_assert(sizeof(int32_t) == 4 && sizeof(int64_t) == 8);
