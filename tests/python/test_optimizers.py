@@ -869,6 +869,24 @@ def test_a_row_that_is_not_finite_keeps_all_its_state(name, dtype, bad):
         assert array[[0, 2, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [coldrow.RowwiseRMSprop, coldrow.RowwiseAdagrad])
+def test_a_row_with_nothing_to_divide_by_is_not_finite(kind):
+    """No eps, no gradient yet: lr / 0."""
+    update = coldrow.RowUpdate(kind(eps=0.0))
+    weight = np.ones((3, 4), np.float32)
+    state = coldrow.init_state(update, 3, 4, like=weight)
+    grad = np.zeros((2, 4), np.float32)
+    grad[0, 1] = 0.5
+    with pytest.raises(ValueError, match=r"^grad: the update of row 2 is not finite"):
+        coldrow.apply_(update, weight, grad, np.array([1, 2]), state, step=1)
+    assert (weight == 1).all()
+    coldrow.apply_(update, weight, grad, np.array([1, 2]), state, step=1, on_nonfinite="skip")
+    assert state["prev_iter"].tolist() == [0, 1, 0]
+    assert (weight[[0, 2]] == 1).all()
+    assert weight[1].tolist() == [1, weight[1, 1], 1, 1]
+    assert 0 < weight[1, 1] < 1
+
+
 @every_optimizer
 def test_skipped_rows_are_counted_by_module_and_optimizer(name):
     update = coldrow.RowUpdate(OPTIMIZERS[name])

@@ -20,7 +20,7 @@ LRS = st.sampled_from([0.0, 0.02, 0.3])
 EPS = st.sampled_from([1e-8, 1e-3, 0.25])
 # A second moment that forgets at once needs a larger eps: without gradient it is 0, and what is left
 # of the first is divided by eps.
-ADAM = [(0.9, 0.999), (0.0, 0.9), (0.5, 0.5), (0.9, 0.0), (0.99, 0.99999)]
+ADAM = [(0.9, 0.999), (0.0, 0.9), (0.5, 0.5), (0.9, 0.0), (0.999, 0.99999)]
 
 
 def adams(kind):

@@ -568,6 +568,27 @@ TYPED_TEST(EveryOptimizer, NonfiniteScalarStateIsFound) {
   }
 }
 
+// Nothing to divide by: all that is wrong is the row's multiplier.
+template <class O>
+void expect_multiplier_is_judged(const O& optimizer) {
+  Random random(22);
+  OptimizedTable<float, O> table(1, 9, random);
+  const OptimizedTable<float, O> before = table;
+  const std::vector<float> grad(9, 0.0f);
+  auto update = RowUpdate<float, float, O, NoDecay, Nearest>::at(1, kLr, optimizer);
+  EXPECT_FALSE(update.finite(Serial{}, table.row(), grad.data(), 9));
+  EXPECT_FALSE(update(Serial{}, table.row(), grad.data(), 9, {}));
+  EXPECT_TRUE(table == before);
+  update.on_nonfinite = OnNonfinite::propagate;
+  EXPECT_TRUE(update(Serial{}, table.row(), grad.data(), 9, {}));
+  EXPECT_TRUE(std::isnan(table.weight[0]));  // infinity times no gradient
+}
+
+TEST(RowUpdate, MultiplierThatIsNotFiniteStopsTheRow) {
+  expect_multiplier_is_judged(RowwiseRMSprop{0.0f, 0.5f});
+  expect_multiplier_is_judged(RowwiseAdagrad{0.0f});
+}
+
 // Gradients whose sum of squares is exact in any order, as above.
 template <class O, class W, class Rounding>
 void expect_lanes_agree_on_state(int size, int dim, LaneOrder order) {
