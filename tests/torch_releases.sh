@@ -5,7 +5,8 @@
 #
 # The wheel is for the stable ABI of Python 3.10 and later. Each torch release gets an environment of its own in
 # build/torch-<release>, kept for the next run; it brings gigabytes where the package index has only torch's
-# CUDA builds. Other Pythons are those found on the PATH.
+# CUDA builds. A release that cannot be installed is left out with a line that says so. Other Pythons are those
+# found on the PATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 releases=("$@")
@@ -27,7 +28,11 @@ for release in numpy "${releases[@]}"; do
     python3 -m venv "$env"
     packages=(numpy pytest hypothesis ml_dtypes mpmath safetensors nanobind-backend)
     [ "$release" = numpy ] || packages+=("torch==$release")
-    "$env/bin/python" -m pip install -q "${packages[@]}" 2>>"$log"
+    if ! "$env/bin/python" -m pip install -q "${packages[@]}" 2>>"$log"; then
+      echo "torch $release: could not be installed here (see $log), NOT run"
+      rm -rf "$env"
+      continue
+    fi
     touch "$env/.installed"
   fi
   "$env/bin/python" -m pip install -q --no-deps --force-reinstall "$wheel" 2>>"$log"

@@ -164,6 +164,8 @@ def _explained(source: _Source, message: str) -> Exception:
     if not own and missing:
         name = next(group for group in missing.groups() if group)
         return TypeError(f"{source.name}: field {name!r} has no default and was not given")
+    if not own and "default initialization of an object of const type" in message:  # clang
+        return TypeError(f"{source.name}: a field has no default and was not given")
     asserted = re.search(r"static assertion failed[^:]*: (.*)", blocks[0])
     first = asserted.group(1) if asserted and not own else f"{source.name} does not compile"
     return CompileError(first + ". The compiler says:\n" + "".join(own or blocks[:1]).rstrip())
