@@ -75,7 +75,7 @@ test-cpp: build
 	  $(CMAKE) --build build/cpp; \
 	  ctest --test-dir build/cpp --output-on-failure -j $$(nproc) --quiet -O build/cpp/ctest.log \
 	    || { cat build/cpp/ctest.log; exit 1; }; \
-	  grep -E 'tests passed|Total Test time|Skipped' build/cpp/ctest.log; \
+	  grep -E '^[0-9]+% tests passed|^Total Test time|\(Skipped\)' build/cpp/ctest.log; \
 	elif [ -n "$$COLDROW_REQUIRE_ALL_TESTS" ]; then \
 	  echo "error: GoogleTest is not installed: apt-get install libgtest-dev"; exit 1; \
 	else \
