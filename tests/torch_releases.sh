@@ -24,7 +24,7 @@ tests=(tests/python/test_module.py tests/python/test_optim.py tests/python/test_
 
 for release in numpy "${releases[@]}"; do
   env=build/torch-$release
-  if [ ! -e "$env/.installed" ]; then
+  if [ ! "$env/.installed" -nt tests/torch_releases.sh ]; then
     python3 -m venv "$env"
     packages=(numpy pytest hypothesis ml_dtypes mpmath safetensors nanobind-backend)
     [ "$release" = numpy ] || packages+=("torch==$release")
@@ -51,7 +51,7 @@ for minor in 10 11 12 13 14; do
     continue
   fi
   env=build/python-3.$minor
-  if [ ! -e "$env/.installed" ]; then
+  if [ ! "$env/.installed" -nt tests/torch_releases.sh ]; then
     "python3.$minor" -m venv "$env"
     "$env/bin/python" -m pip install -q numpy pytest mpmath nanobind-backend 2>>"$log"
     touch "$env/.installed"
