@@ -565,6 +565,39 @@ def test_declared_state(name):
             assert not array.any()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@every_optimizer
+def test_arrays_of_one_value_per_row_may_have_any_stride(name, library):
+    """Each another one; NumPy's may run backwards."""
+    update = coldrow.RowUpdate(OPTIMIZERS[name], coldrow.Exponential(half_life=3.0))
+    rng = np.random.default_rng(4)
+    dense = coldrow.init_state(update, 9, 5, like=np.zeros(1))
+    given = {}
+    for k, (key, array) in enumerate(dense.items()):
+        if array.ndim == 1:
+            wide = np.zeros(9 * (k + 2), array.dtype)
+            array = wide[:: k + 2] if library == "torch" or k % 2 == 0 else wide[:: -(k + 2)]
+        given[key] = array.copy() if array.ndim == 2 else array
+    weights = [rng.normal(size=(9, 5)).astype(np.float32)]
+    weights.append(weights[0].copy())
+    for step in (1, 2, 6):
+        grad, indices = rng.normal(size=(6, 5)).astype(np.float32), rng.integers(0, 9, 6)
+        coldrow.apply_(update, weights[0], grad, indices, dense, step=step)
+        arrays = given
+        if library == "torch":
+            arrays = {key: torch.from_numpy(array) for key, array in given.items()}
+        coldrow.apply_(update, weights[1], grad, indices, arrays, step=step)
+    assert weights[0].tobytes() == weights[1].tobytes()
+    for key, array in dense.items():
+        assert array.any()
+        assert array.tobytes() == given[key].tobytes()
+    # A read finds prev_iter likewise.
+    outs = [np.empty((9, 5), np.float32) for _ in range(2)]
+    for out, weight, state in zip(outs, weights, (dense, given), strict=True):
+        coldrow.read_(out, update, weight, np.arange(9), state, step=9)
+    assert outs[0].tobytes() == outs[1].tobytes() != weights[0].tobytes()
+
+
 def make(name: str, seed: int = 0, own: str | None = None, **options) -> TableBatchedEmbeddingBags:
     """Two tables in bfloat16, read-charged, everything on that a checkpoint must carry.
 
