@@ -30,7 +30,7 @@ from coldrow.functional import (
 )
 from coldrow.nn import checkpoint, ops
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
-from coldrow.nn.table import DTYPES, State, Table, Weights, moved
+from coldrow.nn.table import DTYPES, State, Table, Weights, moved, table_memory
 from coldrow.policies import RowUpdate, compiled, is_epoch_aware, number
 
 
@@ -121,7 +121,7 @@ class TableBatchedEmbeddingBags(nn.Module):
 
         parameters = {}
         for table in tables:
-            weight = torch.empty(table.num_rows, table.dim, dtype=table.dtype, device=device)
+            weight = table_memory((table.num_rows, table.dim), table.dtype, device)
             table.fill(weight)
             parameters[table.name] = nn.Parameter(weight, requires_grad=not fused)
         self.weights = Weights(parameters)
