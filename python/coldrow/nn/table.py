@@ -136,9 +136,7 @@ class State:
     ) -> State:
         """Return the state of a table never trained."""
         state = cls(shapes, layout)
-        state.memory = [
-            table_memory(shape, torch.int32, device).zero_() for shape in state._shapes
-        ]
+        state.memory = [table_memory(shape, torch.int32, device).zero_() for shape in state._shapes]
         return state
 
     @classmethod
