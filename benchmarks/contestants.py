@@ -73,6 +73,9 @@ class Contestant:
         """Bring ``batch.grad`` to the tables and update them."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Let go of the last forward's output, which is not to fall into the next one's time."""
+
     def output(self, table: int) -> Tensor:
         """What the last forward gave for one table, [B, D], or [B * L, D] unpooled."""
         raise NotImplementedError
@@ -94,6 +97,9 @@ class Fused(Contestant):
 
     def backward(self, batch: Batch) -> None:
         self.out.backward(batch.grad)
+
+    def release(self) -> None:
+        del self.out
 
     def output(self, table: int) -> Tensor:
         if not self.pooled:  # one table
@@ -259,6 +265,9 @@ class Torch(Contestant):
         torch.autograd.backward(self.pooled, self.prepare(batch)[2])
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def release(self) -> None:
+        del self.pooled
 
     def output(self, table: int) -> Tensor:
         return self.pooled[table]

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections import defaultdict
@@ -76,6 +77,7 @@ class Timing:
     contestant: str
     phase: str
     samples: list[float] = field(default_factory=list)
+    page_faults: int = 0  #: over all samples
 
     @property
     def median(self) -> float:
@@ -181,13 +183,17 @@ def measure(
             for position, (phase, run) in enumerate(contestant.phases()):
                 if position == 0 or every_phase:
                     evict()
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 begin = time.perf_counter_ns()
                 run(batch)
                 took = (time.perf_counter_ns() - begin) * 1e-6
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
                 if round_ >= 0:
                     key = (contestant.name, phase)
-                    timings.setdefault(key, Timing(work.name, threads, *key))
-                    timings[key].samples.append(took)
+                    timing = timings.setdefault(key, Timing(work.name, threads, *key))
+                    timing.samples.append(took)
+                    timing.page_faults += faults
+            contestant.release()
     for name in {name for name, _ in timings} & {FLOOR, FLOOR_HUGE}:
         parts = zip(timings[name, "sort"].samples, timings[name, "update"].samples, strict=True)
         samples = [sort + update for sort, update in parts]
