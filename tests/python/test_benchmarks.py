@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import contestants
+import curves
 import measuring
 import report
 import torch
@@ -179,3 +181,35 @@ def test_the_plot_is_drawn(tmp_path):
     ]
     report.plot(timings, tmp_path / "plot.svg", "title")
     assert "coldrow touch fp32" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.parametrize("draw", curves.DRAWS)
+def test_ids_of_the_curves(draw):
+    rows, generator = 1_000_000, torch.Generator().manual_seed(1)
+    drawn = curves.ids(rows, 50_000, draw, generator)
+    assert 0 <= drawn.min() <= drawn.max() < rows
+    _, counts = drawn.unique(return_counts=True)
+    # The integral of x^-1.05 from 1 to 2 is 6.8 percent of that from 1 to 1e6.
+    share = counts.max().item() / len(drawn)
+    assert 0.04 < share < 0.1 if draw.startswith("Zipf") else share < 0.001
+    assert all(math.gcd(2_654_435_761, n) == 1 for n in curves.ROWS)
+
+
+def test_curves_measure_what_they_say():
+    emb, memory = curves.table_of(50_000)
+    assert memory["weight_bytes"] == 50_000 * curves.DIM * 2
+    assert memory["state_bytes"] == 50_000 * 8
+    cases = [({"draw": curves.DRAWS[0], **memory}, emb, 50_000, n) for n in (100, 1000)]
+    points = curves.measure(cases, 3, 1, lambda: None)
+    assert [p["indices"] for p in points] == [100, 1000]
+    assert emb.clock == 2 * 6  # three batches once, then three rounds
+    took = [p["forward_ms"] + p["backward_ms"] for p in points]
+    assert [p["ns_per_index"] * p["indices"] * 1e-6 for p in points] == pytest.approx(took)
+
+
+def test_exponents_of_curves():
+    def point(rows, ms):
+        return {"rows": rows, "forward_ms": ms / 2, "backward_ms": ms / 2}
+
+    points = [point(10, 1.0), point(100, 1.0), point(1000, 10.0)]
+    assert curves.exponents(points, "rows") == pytest.approx([0, 1])
