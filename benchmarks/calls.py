@@ -48,6 +48,7 @@ def torch_cases() -> Iterator[Case]:
         lambda: Nothing.apply(anchor, out).backward(grad),
     )
     ids, offsets = torch.tensor([3]), torch.tensor([0])
+    torch.sparse.check_sparse_tensor_invariants.disable()  # the default; said, it is silent
     for optimizer in ("SparseAdam", "Adagrad"):
         bag = torch.nn.EmbeddingBag(ROWS, DIM, mode="sum", sparse=True)
         steps = getattr(torch.optim, optimizer)(bag.parameters(), lr=0.01)
@@ -64,7 +65,6 @@ def torch_cases() -> Iterator[Case]:
 
 def coldrow_cases() -> Iterator[Case]:
     """The module, and below it the functional call on arrays."""
-    import numpy as np
     import torch
 
     import coldrow
@@ -92,7 +92,7 @@ def coldrow_cases() -> Iterator[Case]:
     clocks = {"torch": 0, "NumPy": 0}
     tensors = [torch.zeros(ROWS, DIM), grad, ids, torch.zeros(ROWS)]
     tensors.append(torch.zeros(ROWS, dtype=torch.int32))
-    for library, arrays in {"torch": tensors, "NumPy": [np.array(t) for t in tensors]}.items():
+    for library, arrays in {"torch": tensors, "NumPy": [t.numpy().copy() for t in tensors]}.items():
 
         def apply(library: str = library, arrays: Any = arrays) -> None:
             clocks[library] += 1
@@ -165,7 +165,7 @@ def profile(calls: int = 20000) -> None:
         step()
     watch.disable()
     print(f"\nown time of functions over {calls:,} steps, under the profiler:")
-    pstats.Stats(watch).strip_dirs().sort_stats("tottime").print_stats(20)
+    pstats.Stats(watch).strip_dirs().sort_stats("tottime").print_stats(25)
 
 
 def main() -> None:
