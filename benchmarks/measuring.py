@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from contestants import (
     FLOOR,
     FLOOR_HUGE,
     FORWARD,
+    HERE,
     Batch,
     Contestant,
     Fbgemm,
@@ -207,6 +209,11 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
@@ -218,5 +225,6 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "load": os.getloadavg(),
+        "commit": commit,
         **versions,
     }

@@ -240,6 +240,8 @@ def plot(timings: Sequence[Timing], to: Path, title: str) -> None:
         axis = axes[row][column]
         for i, (contestant, colour) in enumerate(COLOURS.items()):
             found = ratios(by, names, count, phase, contestant, FLOOR)
+            if not found:
+                continue
             places = [names.index(name) + (i - len(COLOURS) / 2 + 0.5) * 0.1 for name in found]
             label = contestant if (row, column) == (0, 0) else None
             axis.bar(places, [v - 1 for v in found.values()], 0.1, 1, color=colour, label=label)
