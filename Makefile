@@ -21,6 +21,7 @@ help:
 	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: 3 minutes"
 	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
+	@echo "make soak    random operations beside the float64 reference, SOAK_MINUTES=2"
 	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
 
@@ -96,6 +97,12 @@ $(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
 
 test-distributed: build $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)
+
+# Random operations on 20 tables beside the float64 reference; docs/reliability.md has an hour of it.
+SOAK_MINUTES ?= 2
+.PHONY: soak
+soak: build
+	$(BIN)/python tests/python/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
 # One wheel under other torch releases and Pythons: tests/torch_releases.sh says how.
 .PHONY: test-torch
