@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "claims.hpp"
 #include "kernels.hpp"
 #include "tensor.hpp"
 
@@ -238,6 +239,7 @@ class Scratch {
   void* reserve(std::size_t bytes) {
     if (bytes + 64 > size_) {
       memory_.reset();
+      size_ = 0;  // should there be none
       memory_.reset(new unsigned char[bytes + bytes / 4 + 64]);
       size_ = bytes + bytes / 4 + 64;
     }
@@ -258,6 +260,17 @@ struct Call {
   BatchArgs batch{};
   std::vector<Array> written;  // for the overlap check
   std::vector<Array> read;
+
+  // The tables' memory, for Claim.
+  std::vector<Claim::Range> memory() const {
+    std::vector<Claim::Range> ranges;
+    ranges.reserve(tables.size());
+    for (const TableArgs& t : tables) {
+      const auto* begin = static_cast<const char*>(t.weight);
+      ranges.push_back({begin, begin + t.rows * t.dim * (t.dtype == DType::f32 ? 4 : 2)});
+    }
+    return ranges;
+  }
 
   const Array& keep(std::vector<Array>& list, Array array) {
     list.push_back(std::move(array));
@@ -394,6 +407,33 @@ inline void check_batch(Call& call) {
   }
 }
 
+// What a module counts of a step, 0-dim int64 each. Written by the call that writes the rows: Python raises
+// KeyboardInterrupt between two of its instructions, and has then seen both or neither.
+struct Counters {
+  std::int64_t* clock = nullptr;  // steps done; must be at the one before
+  std::int64_t* nonfinite = nullptr;
+
+  static std::int64_t* take(nb::handle array, const char* name) {
+    if (array.is_none()) return nullptr;
+    const Array a = take_array(array, name, Access::write);
+    a.require_shape({}, "one number");
+    a.require_dtype("int64");
+    return static_cast<std::int64_t*>(a.data);
+  }
+  void require_before(std::int64_t step) const {
+    if (clock != nullptr && *clock + 1 != step) {
+      throw std::runtime_error("clock: is at " + std::to_string(*clock) + " where step " +
+                               std::to_string(step) +
+                               " was to come: another thread trains these tables too");
+    }
+  }
+  void count(std::int64_t step, std::int64_t skipped) const {
+    if (clock != nullptr) *clock = step;
+    if (nonfinite != nullptr) *nonfinite += skipped;
+  }
+};
+
+// The caller holds a Claim to write.
 inline std::int64_t run_update(Call& call, const Array& grad, const std::string& on_nonfinite,
                                bool check_step, bool check_only, Scratch& scratch) {
   to_step(call.batch.step);

@@ -193,7 +193,9 @@ def check_step(
     magnitude = magnitude.step(update, np.abs(sums), touched, **now)
 
     of_state = ROUND * (4 + dim / 16 + 6 + (1 if update.decay_state else 0))
-    relative = np.full((len(touched), 1), of_state)  # the worst of a row's states, or of an element's
+    relative = np.full(
+        (len(touched), 1), of_state
+    )  # the worst of a row's states, or of an element's
     used = {"state": 0.0}
     for name, array in want.state.items():
         if name == "prev_iter":
