@@ -23,6 +23,8 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from coldrow import checkpoint  # noqa: E402
 from coldrow.nn import Table, TableBatchedEmbeddingBags  # noqa: E402
 
+KILLS = int(os.environ.get("COLDROW_FAULTS", "8")) // 2  # of each kind of file
+
 UPDATE = coldrow.RowUpdate(
     coldrow.Adam(lr=0.1, bias_correction="row"),
     coldrow.EpochGated(coldrow.CumulativeLinear(half_life=2.0)),
@@ -205,7 +207,7 @@ def test_killed_at_any_moment(suffix, tmp_path):
             """)
     )
     clock, generator = 0, torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(KILLS):
         run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE)
         assert run.stdout.readline() == b"ready\n"
         time.sleep(0.05 + 0.4 * torch.rand((), generator=generator).item())
