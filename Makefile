@@ -22,6 +22,7 @@ help:
 	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
 	@echo "make soak    random operations beside the float64 reference, SOAK_MINUTES=2"
+	@echo "make errors  write docs/errors.md anew from the tests"
 	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
 
@@ -97,6 +98,11 @@ $(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
 
 test-distributed: build $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)
+
+# docs/errors.md, from what the tests were refused.
+.PHONY: errors
+errors: build
+	COLDROW_WRITE_ERRORS=1 $(BIN)/python -m pytest tests/python/test_bad_input.py
 
 # Random operations on 20 tables beside the float64 reference; docs/reliability.md has an hour of it.
 SOAK_MINUTES ?= 2

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -240,7 +241,14 @@ class Scratch {
     if (bytes + 64 > size_) {
       memory_.reset();
       size_ = 0;  // should there be none
-      memory_.reset(new unsigned char[bytes + bytes / 4 + 64]);
+      memory_.reset(new (std::nothrow) unsigned char[bytes + bytes / 4 + 64]);
+      if (memory_ == nullptr) {
+        PyErr_Format(PyExc_MemoryError,
+                     "workspace: no memory for %zu bytes, accepted: a batch that fits (nothing was "
+                     "written)",
+                     bytes);
+        throw nb::python_error();
+      }
       size_ = bytes + bytes / 4 + 64;
     }
     const auto p = reinterpret_cast<std::uintptr_t>(memory_.get());
@@ -455,6 +463,16 @@ inline std::int64_t run_update(Call& call, const Array& grad, const std::string&
               std::to_string(t.prev_iter[r.stale.row * t.prev_iter_stride]));
   }
   const TableArgs& t = call.tables[r.nonfinite.table];
+  const std::int32_t last = t.prev_iter[r.nonfinite.row * t.prev_iter_stride];
+  const auto step = static_cast<std::int32_t>(call.batch.step);
+  const float factor = kernels->factor(t.update, last, step, t.lr, call.batch.epoch_start, false);
+  if (!(factor >= 0.0f && factor <= 1.0f)) {
+    bad_value("decay: gave the factor " + std::to_string(factor) + " for row " +
+              std::to_string(r.nonfinite.row) + table_label(t) + " (" +
+              std::to_string(r.nonfinite.count) +
+              " rows are not to be updated), accepted: 0 to 1, or on_nonfinite='skip' or "
+              "'propagate'");
+  }
   bad_value("grad: the update of row " + std::to_string(r.nonfinite.row) + table_label(t) +
             " is not finite (" + std::to_string(r.nonfinite.count) +
             " such rows), accepted: finite gradients whose squares do not overflow, or "

@@ -82,6 +82,16 @@ def _checked(name: str, array: Any, *, written: bool) -> Any:
             f"{name}: is a lazily negated or conjugated view, accepted: a plain tensor "
             "(call .resolve_neg() / .resolve_conj())"
         )
+    if array.numel() > 0:
+        last = sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=True))
+        end = (array.storage_offset() + last + 1) * array.element_size()
+        if (
+            0 < array.untyped_storage().nbytes() < end
+        ):  # one of none has no address, see take_array()
+            raise ValueError(
+                f"{name}: its storage has {array.untyped_storage().nbytes()} bytes, too few for "
+                f"{list(array.shape)}, accepted: a tensor whose storage was not freed or resized"
+            )
     if written and array.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: requires grad and would be changed behind autograd's back, accepted: a tensor "

@@ -204,13 +204,15 @@ def test_killed_at_any_moment(suffix, tmp_path):
             for step in range(model.emb.clock + 1, 10**9):
                 train(model, [step])
                 checkpoint.save(model.state_dict(), {str(path)!r})
+                print("saved", flush=True)
             """)
     )
     clock, generator = 0, torch.Generator().manual_seed(0)
     for _ in range(KILLS):
         run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE)
         assert run.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.4 * torch.rand((), generator=generator).item())
+        assert run.stdout.readline() == b"saved\n"  # one step at least, however busy the machine
+        time.sleep(0.2 * torch.rand((), generator=generator).item())
         run.send_signal(signal.SIGKILL)
         run.wait()
         run.stdout.close()
