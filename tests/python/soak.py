@@ -892,8 +892,11 @@ def main() -> int:
         one_round(seed + rounds, tally, until)
         rounds += 1
         memory.append(resident())
-        minutes = (time.monotonic() - start) / 60
-        print(f"{minutes:.1f} min, {rounds} rounds: {tally}, {memory[-1]:.0f} MiB", flush=True)
+        minutes, busy = (time.monotonic() - start) / 60, time.process_time() / 60
+        print(
+            f"{minutes:.1f} min ({busy:.1f} of CPU), {rounds} rounds: {tally}, {memory[-1]:.0f} MiB",
+            flush=True,
+        )
     settled = memory[min(3, len(memory) - 1)]  # caches and pools have filled
     for name, count in tally.operations.most_common():
         print(f"  {name:20} {count:9,}")
