@@ -103,7 +103,7 @@ test-distributed: build $(DISTRIBUTED)/.installed
 # Many more kills and interruptions than the tests make: figures for docs/reliability.md.
 .PHONY: faults
 faults: build
-	COLDROW_FAULTS=200 $(BIN)/python -m pytest -s -p no:warnings tests/python/test_interrupts.py \
+	COLDROW_FAULTS=200 $(BIN)/python -m pytest -s -W ignore tests/python/test_interrupts.py \
 	    tests/python/test_checkpoint_files.py -k "interrupted or killed"
 
 # docs/errors.md, from what the tests were refused.

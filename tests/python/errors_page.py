@@ -46,7 +46,8 @@ def record(kind: str, message: str, compared: int) -> None:
     """Keep what the running test was refused."""
     name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2]
     test = re.match(r"\w+", name).group()
-    message = re.sub(r"no memory for \d+ bytes", "no memory for N bytes", message)  # tuned now and then
+    # What a workspace takes is tuned now and then.
+    message = re.sub(r"no memory for \d+ bytes", "no memory for N bytes", message)
     refusals.append(Refusal(test, kind, " ".join(message.split()), compared))
 
 
