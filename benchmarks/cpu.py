@@ -104,7 +104,7 @@ def main() -> None:
     timings: list[measuring.Timing] = []
     for name in args.workloads:
         work = WORKLOADS[name]
-        torch.set_num_threads(max(args.threads))
+        torch.set_num_threads(1)  # a warm-up with more would suffer most where others are busy
         batches = [Batch.of(batch) for batch in work.batches(args.batches)]
         contestants = enter(work)
         if not contestants:
