@@ -18,7 +18,7 @@ help:
 	@echo "make test-torch  one wheel under other torch releases and Pythons (gigabytes)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: 3 minutes"
+	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: few rounds"
 	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
 	@echo "make plots   draw the pictures of the documents anew"
