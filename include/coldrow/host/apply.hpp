@@ -27,8 +27,8 @@ struct GradientRows {
 // Sums 16 * Blocks columns of a run, from `column` on, in registers. count: columns of the last block
 // that exist.
 template <int Blocks, class Entry, Numeric Grad>
-COLDROW_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
-                                std::int64_t length, int column, int count, float* out) {
+COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
+                                     std::int64_t length, int column, int count, float* out) {
   Lanes<16> acc[Blocks];
   for (auto& a : acc) broadcast(a, 0.0f);
   for (std::int64_t i = 0; i < length; ++i) {

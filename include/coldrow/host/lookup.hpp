@@ -33,8 +33,9 @@ struct Bags {
 // Pools 16 * Blocks columns of one bag, from `column` on, in registers. count: columns of the last
 // block that exist. Ahead: fetch the whole row of a later position for each row read.
 template <int Blocks, bool Ahead, Numeric Weight, class Index, Numeric Out>
-COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi,
-                                 int column, int count, float bag_scale, Out* out) {
+COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo,
+                                      std::int64_t hi, int column, int count, float bag_scale,
+                                      Out* out) {
   const Index* const indices = bags.indices;
   const std::int64_t last = bags.positions_end - 1;
   const auto row_of = [&](std::int64_t p) {

@@ -59,14 +59,14 @@ inline constexpr std::int64_t kPrefetchDistance = 16;
 
 // The empty asm is needed: gcc takes a function that does nothing but prefetch for one without any
 // effect, and removes the calls to it.
-COLDROW_INLINE void prefetch(const void* address, std::size_t bytes) {
+COLDROW_HOST_INLINE void prefetch(const void* address, std::size_t bytes) {
   const char* p = static_cast<const char*>(address);
   const std::size_t end = min_of<std::size_t>(bytes, 1024);  // the hardware follows from there
   __asm__ volatile("");
   for (std::size_t i = 0; i < end; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
-COLDROW_INLINE void prefetch_to_write(const void* address, std::size_t bytes) {
+COLDROW_HOST_INLINE void prefetch_to_write(const void* address, std::size_t bytes) {
   const char* p = static_cast<const char*>(address);
   const std::size_t end = min_of<std::size_t>(bytes, 1024);
   __asm__ volatile("");

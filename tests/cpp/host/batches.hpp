@@ -1,7 +1,7 @@
 // Random batches over several tables, and the list of their lookups by the definition.
 #pragma once
 
-#include "../support.hpp"
+#include "../inputs.hpp"
 
 namespace coldrow_test {
 
