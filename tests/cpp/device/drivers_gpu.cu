@@ -206,6 +206,9 @@ class Training {
     numbers_.set(numbers);
     recipes_.set(std::vector<device::Recipe<Update>>(tables.size(), recipe));
     reads_.set(std::vector<device::ReadRecipe<AnyDecay>>(tables.size(), {decay, {lr.data()}}));
+    // (Kernels copy these whole, gaps between fields included: initcheck would complain.)
+    NEED(cudaMemset(updates_.data(), 0, updates_.bytes()));
+    NEED(cudaMemset(read_steps_.data(), 0, read_steps_.bytes()));
     extent_.total_rows = base.back();
     extent_.num_tables = count_;
     extent_.machine = this_machine();
