@@ -1,4 +1,4 @@
-"""The five workloads of the benchmarks: shapes, and batches drawn from a fixed seed.
+"""The workloads of the benchmarks: shapes, and batches drawn from a fixed seed.
 
 A workload is ``T`` tables of one width ``D``; a batch has ``B`` bags per table of ``L`` ids each.
 """
@@ -87,5 +87,14 @@ WORKLOADS = {
             zipf=1.05,
         ),
         Workload("W4", rows=(1_000_000,), dim=128, batch=2048, bag=50, zipf=1.05),
+    )
+}
+
+# Two that fill a large GPU, for gpu.py.
+LARGE = {
+    workload.name: workload
+    for workload in (
+        Workload("G1u", rows=(10_000_000,), dim=128, batch=65_536, bag=20, zipf=None),
+        Workload("G1z", rows=(10_000_000,), dim=128, batch=65_536, bag=20, zipf=1.05),
     )
 }
