@@ -97,7 +97,7 @@ wheel() {
   rm -rf "$out/site"
   "$python" -m pip install --no-index --no-build-isolation --no-deps --target "$out/site" \
     -C build-dir="$out/wheel" -C cmake.define.COLDROW_CUDA=ON \
-    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability" .
+    -C cmake.define.COLDROW_CUDA_ARCHITECTURES="$capability" .
 }
 run "build of programs" cpp &
 cpp_job=$!

@@ -1,12 +1,51 @@
-"""Batches and modules that several of these tests use."""
+"""The device, and batches and modules that several of these tests use."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 import coldrow
 from coldrow.nn import Table, TableBatchedEmbeddingBags
+
+SETTING = os.environ.get("COLDROW_TEST_DEVICE", "cuda")
+
+
+class Place(str):
+    """Where the tests' tables are. (A kind of its own: the stand-in's is "cpu", as the processor's.)"""
+
+
+DEVICE = Place("cuda" if SETTING == "cuda" else "cpu")
+#: What is wrong with values is found when kernels run, and raised at a check point.
+DEFERRED = SETTING != "cpu"
+ENGINE: Any = None
+if SETTING not in ("cuda", "cpu"):
+    import stand_in
+
+    ENGINE = stand_in.load(SETTING)
+
+
+@contextlib.contextmanager
+def using(place: str) -> Iterator[None]:
+    """Let tables be trained by the kernels of a place: the tests' device, or "cpu", the processor."""
+    if ENGINE is None:
+        yield
+        return
+    with stand_in.in_use(ENGINE if isinstance(place, Place) else None):
+        yield
+
+
+def both() -> Iterator[str]:
+    """Yield the tests' device and then "cpu", each with its own kernels in use."""
+    for place in (DEVICE, "cpu"):
+        with using(place):
+            yield place
+
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # No transcendental function in any of them, so that a GPU gives a CPU's bits where sums are exact.

@@ -1,12 +1,12 @@
 """Tests of the CUDA path. They run where there is a GPU; tests/gpu.sh runs them all.
 
-The device is one setting: with COLDROW_TEST_DEVICE=cpu those that mean something on a CPU run there,
-which shows that the tests themselves are right.
+The device is one setting, COLDROW_TEST_DEVICE. "cpu": those that mean something on a CPU run there, which
+shows that the tests themselves are right. The folder of the stand-in for a device (CMake's target
+``stand_in``): they run through the CUDA module's own code, without a GPU.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,13 +14,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "python"))  # their helpers, used here too
 
-DEVICE = os.environ.get("COLDROW_TEST_DEVICE", "cuda")
+from cases import DEVICE, SETTING, using
 
 
 def why_not() -> str | None:
     """Return what is missing for tests on a GPU, None if nothing is."""
     import coldrow
 
+    if SETTING != "cuda":
+        return None
     if not coldrow.cuda.is_built():
         return "this build of coldrow has no CUDA kernels"
     try:
@@ -40,9 +42,9 @@ def pytest_collection_modifyitems(items):
     for item in here:
         only = item.get_closest_marker("cuda_only")
         item.add_marker(pytest.mark.cuda)
-        if DEVICE == "cpu":
+        if SETTING != "cuda":
             if only:
-                item.add_marker(pytest.mark.skip(reason="means nothing on a CPU"))
+                item.add_marker(pytest.mark.skip(reason="means nothing without a GPU"))
         elif missing:
             item.add_marker(pytest.mark.skip(reason=missing))
 
@@ -50,3 +52,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with using(DEVICE):
+        yield

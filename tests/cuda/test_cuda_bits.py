@@ -9,7 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, EXACT_UPDATES, Batches, assert_same, contents, module, quarters, same_bits
+from cases import (
+    DTYPES,
+    EXACT_UPDATES,
+    Batches,
+    assert_same,
+    both,
+    contents,
+    module,
+    quarters,
+    same_bits,
+    using,
+)
 
 import coldrow
 
@@ -18,8 +29,13 @@ ROUNDINGS = {"nearest": coldrow.Nearest(), "stochastic": coldrow.Stochastic(5)}
 POOLINGS = ["sum", "weighted", "mean", "none"]
 
 
-def train(device, update, pooling="sum", *, steps=3, exact=True, seed=1, **options):
-    """Train with exact gradients or noise; returns the outputs, gradients of weights, and all tables."""
+def train(place, *args, **options):
+    """Train with exact gradients or noise; returns the outputs and all tables."""
+    with using(place):
+        return train_there(place, *args, **options)
+
+
+def train_there(device, update, pooling="sum", *, steps=3, exact=True, seed=1, **options):
     weighted = pooling == "weighted"
     emb = module(device, update, pooling="sum" if weighted else pooling, **options)
     batches = Batches(emb, seed)
@@ -96,7 +112,8 @@ def test_long_runs_repeat_and_are_near(device):
     for place in (device, device, device, "cpu"):
         weight = torch.ones(rows, dim, device=place)
         state = coldrow.init_state(update, rows, dim, like=weight)
-        coldrow.apply_(update, weight, grad.to(place), indices.to(place), state, step=1)
+        with using(place):
+            coldrow.apply_(update, weight, grad.to(place), indices.to(place), state, step=1)
         results.append((weight.cpu(), state["momentum1"].cpu()))
     for weight, momentum1 in results[1:3]:
         assert same_bits(weight, results[0][0])
@@ -116,9 +133,9 @@ def test_stochastic_bits_are_keyed(device):
         )
         state = coldrow.init_state(update, *weight.shape, like=weight)
         zero = torch.zeros(weight.shape, device=place)
-        coldrow.apply_(
-            update, weight, zero, torch.arange(len(weight), device=place), state, step=step, **keys
-        )
+        rows = torch.arange(len(weight), device=place)
+        with using(place):
+            coldrow.apply_(update, weight, zero, rows, state, step=step, **keys)
         return weight.cpu()
 
     base = run(device)
@@ -148,7 +165,7 @@ def test_functions_have_the_cpu_bits(device, dtype):
             grad = torch.from_numpy(quarters(rng, (300, 36))).to(grad_dtype)
             indices = torch.from_numpy(rng.integers(0, 50, 300)).to(index_dtype)
             found = []
-            for place in (device, "cpu"):
+            for place in both():
                 weight = start.to(place, copy=True)
                 state = coldrow.init_state(update, 50, 36, like=weight)
                 coldrow.apply_(update, weight, grad.to(place), indices.to(place), state, step=4)

@@ -1,17 +1,15 @@
 """The property space and the golden cases of the CPU path, on a GPU."""
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import test_golden as golden
 import test_properties as properties
+from cases import DEVICE
 from hypothesis import given, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:an epoch-aware decay is in use")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _device(device):
-    global DEVICE  # hypothesis wants no fixtures that last for one test only
-    DEVICE = device
 
 
 @settings(max_examples=150, deadline=None)
