@@ -592,10 +592,18 @@ void graphs() {
   const AnyDecay decay = linear();
   Training<float, RowwiseRMSprop, Nearest> training(tables, kRmsprop, decay, {}, step);
   const BatchOnDevice<std::int32_t> on_device(batch);
-  const DeviceArray<float> gradient(batch.out_size);
+  const DeviceArray<float> gradient(std::vector<float>(static_cast<std::size_t>(batch.out_size)));
   const DeviceArray<float> out(std::vector<float>(static_cast<std::size_t>(batch.out_size)));
   const DeviceArray<std::int32_t> first_block(static_cast<std::int64_t>(batch.features.size()) + 1);
   const auto memory = training.workspace(on_device);
+  // A device loads kernels when they are first launched, which it could not do in a capture.
+  training.forward(nullptr, on_device, true, out, first_block, nullptr, nullptr);
+  {
+    Training<float, RowwiseRMSprop, Nearest> other(tables, kRmsprop, decay, {}, step);
+    other.backward(nullptr, on_device, gradient, memory,
+                   static_cast<int>(device::Pass::check_both));
+    NEED(cudaDeviceSynchronize());
+  }
   cudaStream_t stream;
   NEED(cudaStreamCreate(&stream));
   cudaGraph_t graph;
