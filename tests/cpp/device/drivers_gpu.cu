@@ -455,8 +455,14 @@ void update_equals_host(const BatchSpec& spec, const O& optimizer, const Roundin
   CHECK(training.found().kind == device::Refusal::none);
 }
 
+// (Under a sanitizer some widths do.)
+std::vector<int> widths() {
+  if (quick) return {3, 50, 128, 257};
+  return {1, 3, 8, 16, 17, 32, 50, 64, 100, 128, 130, 256, 257, 1024};
+}
+
 void updates() {
-  for (const int dim : {1, 3, 8, 16, 17, 32, 50, 64, 100, 128, 130, 256, 257, 1024}) {
+  for (const int dim : widths()) {
     const auto u = static_cast<std::uint64_t>(dim);
     const BatchSpec spec = of_width(dim, dim > 200 ? min_of(scale(), 4) : scale());
     update_equals_host<float, float>(spec, kRmsprop, Nearest{}, u);
@@ -524,7 +530,7 @@ void lookup_equals_host(const BatchSpec& spec, std::uint64_t seed) {
 }
 
 void lookups() {
-  for (const int dim : {1, 3, 16, 50, 64, 128, 130, 257}) {
+  for (const int dim : widths()) {
     const auto seed = static_cast<std::uint64_t>(dim);
     lookup_equals_host<float, float>(of_width(dim, scale()), seed);
     lookup_equals_host<half, half>(of_width(dim, scale()), seed);
