@@ -19,7 +19,8 @@ help:
 	@echo "make test-gpu  what needs a GPU, with nvcc and a torch that are there (no network)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   time coldrow against FBGEMM and torch (its own environment)"
+	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: 3 minutes"
+	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
 	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
@@ -119,20 +120,6 @@ format: build
 	$(BIN)/ruff format -q .
 	@$(BIN)/clang-format -i $(CPP_FILES)
 
-# FBGEMM lives in an environment of its own: its wheel wants one torch release.
-BENCH := $(CURDIR)/build/bench-venv
-$(BENCH)/.installed: constraints.txt $(SOURCES)
-	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install -q -c constraints.txt torch numpy scikit-build-core nanobind ninja
-	$(BENCH)/bin/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
-	@$(BENCH)/bin/python -m pip uninstall -qq -y coldrow
-	PATH="$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m pip install -q --no-build-isolation --no-deps \
-	    -C build-dir=build/bench-wheel .
-	@touch $@
-
-bench: $(BENCH)/.installed
-	$(BENCH)/bin/python benchmarks/cpu.py $(ARGS)
-
 # coldrow.compat.fbgemm beside FBGEMM itself: the same training, and FBGEMM's own tests of
 # ROWWISE_RMSPROP_AR where FBGEMM_SOURCE names a checkout of its repository (its wheel has none).
 # Each FBGEMM wants one torch. 1.9.0 has that optimizer; its torch is by default the CUDA build, some
@@ -163,6 +150,27 @@ test-fbgemm: $(FBGEMM)/.installed
 	$(FBGEMM)/bin/python -m pytest -p no:warnings tests/fbgemm $(ARGS); \
 	$(FBGEMM)/bin/python tests/fbgemm/theirs.py --build $(FBGEMM)/tests --real; \
 	$(FBGEMM)/bin/python tests/fbgemm/theirs.py --build $(FBGEMM)/tests
+
+# Beside FBGEMM, in the same environment; where that cannot be had (it is gigabytes), in .venv without it.
+BENCH = $(if $(wildcard $(FBGEMM)/.requirements),$(FBGEMM),$(VENV))/bin/python
+bench: build
+	@$(MAKE) --no-print-directory $(FBGEMM)/.installed \
+	  || echo "FBGEMM NOT installed: benchmarks run in .venv, without it"
+	@[ ! -e $(FBGEMM)/.requirements ] || $(MAKE) --no-print-directory $(FBGEMM)/.plots \
+	  || echo "matplotlib NOT installed: no plot"
+	@$(MAKE) --no-print-directory bench-run
+
+# (A make of its own, which sees what the one before has made.)
+.PHONY: bench-run bench-curves
+bench-run:
+	$(BENCH) benchmarks/cpu.py --json build/bench/cpu.json --plot build/bench/cpu.svg $(ARGS)
+
+$(FBGEMM)/.plots: $(FBGEMM)/.requirements
+	$(FBGEMM)/bin/python -m pip install -q matplotlib
+	@touch $@
+
+bench-curves: build
+	$(BIN)/python benchmarks/curves.py $(ARGS)
 
 clean:
 	rm -rf build .venv

@@ -3,7 +3,7 @@
     python benchmarks/jit.py [--workload W1u] [--repeats 60] [--json result.json]
 
 Both train the same tables on the same batches, interleaved, with the caches emptied before each step;
-see cpu.py and README.md here.
+see README.md here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import cpu
+import contestants
+import measuring
 import torch
+from contestants import ALPHA, BACKWARD, BETA, EPS, FORWARD, LR, MIN_SHRINKAGE
 from workloads import WORKLOADS
 
 import coldrow
@@ -59,16 +61,18 @@ struct RMSprop {
 
 def policies() -> dict[str, dict[str, object]]:
     """What each contestant has that others have not; pairs of one formula one after another."""
-    linear = {"alpha": cpu.ALPHA, "min_shrinkage": cpu.MIN_SHRINKAGE}
-    rmsprop = {"eps": cpu.EPS, "ema_beta": cpu.BETA}
+    linear = {"alpha": ALPHA, "min_shrinkage": MIN_SHRINKAGE}
+    rmsprop = {"eps": EPS, "ema_beta": BETA}
     jit = coldrow.jit
     return {
         "decay, touch: built-in": {"decay": coldrow.LinearClipped(**linear)},
         "decay, touch: jit": {"decay": jit.decay("Linear", LINEAR, **linear)},
-        "decay, read: built-in": {"decay": coldrow.Exponential(half_life=cpu.HALF_LIFE)},
-        "decay, read: jit": {"decay": jit.decay("HalfLife", HALF_LIFE, half_life=cpu.HALF_LIFE)},
-        "optimizer: built-in": {"optimizer": coldrow.RowwiseRMSprop(lr=cpu.LR, **rmsprop)},
-        "optimizer: jit": {"optimizer": jit.optimizer("RMSprop", RMSPROP, lr=cpu.LR, **rmsprop)},
+        "decay, read: built-in": {"decay": coldrow.Exponential(half_life=contestants.HALF_LIFE)},
+        "decay, read: jit": {
+            "decay": jit.decay("HalfLife", HALF_LIFE, half_life=contestants.HALF_LIFE)
+        },
+        "optimizer: built-in": {"optimizer": coldrow.RowwiseRMSprop(lr=LR, **rmsprop)},
+        "optimizer: jit": {"optimizer": jit.optimizer("RMSprop", RMSPROP, lr=LR, **rmsprop)},
     }
 
 
@@ -98,8 +102,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args()
-    args.evict = "step"
-    facts = cpu.environment()
+    facts = measuring.environment()
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     seconds = compile_times()
     for what, took in seconds.items():
@@ -107,23 +110,23 @@ def main() -> None:
 
     work = WORKLOADS[args.workload]
     torch.set_num_threads(1)
-    batches = [cpu.Batch.of(batch) for batch in work.batches(8)]
+    batches = [contestants.Batch.of(batch) for batch in work.batches(8)]
     start = [torch.empty(rows, work.dim).uniform_(-0.1, 0.1) for rows in work.rows]
-    contestants = []
+    entered = []
     for name, policy in policies().items():
         charge = "read" if "read" in name else "touch"
-        contestants.append(cpu.Coldrow(work, start, charge, "fp32", "nearest", **policy))
-        contestants[-1].name = name
-    cpu.warm_up(work, contestants, batches)
+        entered.append(contestants.Coldrow(work, start, charge, "fp32", "nearest", **policy))
+        entered[-1].name = name
+    measuring.warm_up(work, entered, batches, measuring.Notes())
     gc.disable()
-    timings = cpu.measure(work, contestants, batches, 1, args, cpu.Evictor())
+    timings = measuring.measure(work, entered, batches, 1, args.repeats, measuring.Evictor())
     samples = {(t.contestant, t.phase): t.samples for t in timings}
     ratios = {}
     print(f"\n{work}; one thread, fp32; jit over built-in")
     for name in policies():
         if not name.endswith("built-in"):
             continue
-        for phase in ("forward", cpu.BACKWARD):
+        for phase in (FORWARD, BACKWARD):
             ours = samples[name, phase]
             theirs = samples[name.replace("built-in", "jit"), phase]
             # Each round took the same batch: so the median of the rounds' ratios.

@@ -25,7 +25,7 @@ class Batch:
 
     indices: NDArray[np.int64]  #: [T * B * L] row ids
     offsets: NDArray[np.int64]  #: [T * B + 1] where each bag starts in ``indices``
-    grad: NDArray[np.float32]  #: [B, T * D] gradient of the loss by the pooled output
+    grad: NDArray[np.float32]  #: gradient of the loss by the output, [B, T * D] or [T * B * L, D]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Workload:
     batch: int  #: B, bags per table
     bag: int  #: L, ids per bag
     zipf: float | None  #: exponent of the ids' distribution; None is uniform
+    pooled: bool = True  #: rows of a bag are summed; else each id gives a row of its own
 
     @property
     def ids(self) -> int:
@@ -51,7 +52,7 @@ class Workload:
         draw = "uniform" if self.zipf is None else f"Zipf {self.zipf}"
         return (
             f"{self.name}: {tables} table{'s' * (tables > 1)} of {rows} rows, D={self.dim}, "
-            f"B={self.batch}, L={self.bag}, {draw}"
+            f"B={self.batch}, L={self.bag}, {draw}{'' if self.pooled else ', pooling none'}"
         )
 
     def batches(self, count: int, seed: int = 0) -> Iterator[Batch]:
@@ -68,7 +69,8 @@ class Workload:
             rank = np.searchsorted(cdf, rng.random((count, per_table)) * cdf[-1], side="right")
             indices[:, table] = rng.permutation(rows)[np.minimum(rank, rows - 1)]
         for drawn in indices:
-            grad = rng.standard_normal((self.batch, tables * self.dim), dtype=np.float32)
+            shape = (self.batch, tables * self.dim) if self.pooled else (self.ids, self.dim)
+            grad = rng.standard_normal(shape, dtype=np.float32)
             yield Batch(drawn.reshape(-1), offsets, grad)
 
 
@@ -87,8 +89,13 @@ WORKLOADS = {
             zipf=1.05,
         ),
         Workload("W4", rows=(1_000_000,), dim=128, batch=2048, bag=50, zipf=1.05),
+        Workload(
+            "W1z-none", rows=(1_000_000,), dim=64, batch=4096, bag=20, zipf=1.05, pooled=False
+        ),
     )
 }
+# The five over which means are taken.
+POOLED = tuple(name for name, workload in WORKLOADS.items() if workload.pooled)
 
 # Two that fill a large GPU, for gpu.py.
 LARGE = {

@@ -188,23 +188,23 @@ struct UpdateSpace {
   Feature* features;            // in the order of the batch
   Feature* features_by_table;   // grouped by table
   std::int32_t* first_feature;  // [tables + 1], into features_by_table
-  std::int64_t* table_base;     // [tables + 1], first row number of each table
-  std::int64_t* table_begin;    // [tables + 1], first sorted entry of each table
-  std::uint32_t* counts;
-  float* scratch;  // [threads, scratch_size]
+  std::int64_t* table_begin;    // [tables + 1], first entry of each table
+  std::int32_t* first_part;     // [tables + 1], the parts that a table's entries are cut into
+  void** sorted;                // [tables], its sorted entries
+  std::uint32_t* counts;        // [threads, kCounts]
+  float* scratch;               // [threads, scratch_size]
   std::int64_t scratch_size;
   host::ApplyReport* reports;  // [threads]
   void* entries;
   void* other;
 };
 
-std::int64_t total_rows(const BatchArgs& b) {
-  std::int64_t rows = 0;
-  for (std::int32_t t = 0; t < b.num_tables; ++t) rows += b.tables[t].rows;
-  return rows;
+bool wide_keys(const BatchArgs& b) {
+  for (std::int32_t t = 0; t < b.num_tables; ++t) {
+    if (b.tables[t].rows > std::int64_t{1} << 32) return true;
+  }
+  return false;
 }
-
-bool wide_keys(const BatchArgs& b) { return total_rows(b) > (std::int64_t{1} << 32); }
 bool scaled(const BatchArgs& b) { return b.per_sample_weights != nullptr || (b.mean && b.pooled); }
 
 template <class F>
@@ -218,9 +218,10 @@ UpdateSpace lay_out(const BatchArgs& b, Workspace& w) {
   s.features = w.take<Feature>(b.num_features);
   s.features_by_table = w.take<Feature>(b.num_features);
   s.first_feature = w.take<std::int32_t>(b.num_tables + 1);
-  s.table_base = w.take<std::int64_t>(b.num_tables + 1);
   s.table_begin = w.take<std::int64_t>(b.num_tables + 1);
-  s.counts = w.take<std::uint32_t>(static_cast<std::int64_t>(b.threads) * host::kDigits);
+  s.first_part = w.take<std::int32_t>(b.num_tables + 1);
+  s.sorted = w.take<void*>(b.num_tables);
+  s.counts = w.take<std::uint32_t>(b.threads * host::kCounts);
   s.scratch_size = 16;
   for (std::int32_t t = 0; t < b.num_tables; ++t) {
     s.scratch_size = max_of(s.scratch_size, host::scratch_floats(b.tables[t].dim) + 16);
@@ -243,9 +244,11 @@ std::size_t update_bytes(const BatchArgs& b) {
 void fill_features(const BatchArgs& b, const UpdateSpace& s) {
   for (std::int32_t f = 0; f < b.num_features; ++f) s.features[f] = to_feature(b.features[f]);
   std::int32_t next = 0;
-  s.table_base[0] = s.table_begin[0] = s.first_feature[0] = 0;
+  s.table_begin[0] = s.first_feature[0] = s.first_part[0] = 0;
+  // Parts go to whichever thread is free: some cost more than others. One thread needs one a table.
+  const std::int64_t part =
+      b.threads == 1 ? INT64_MAX : max_of<std::int64_t>(2048, b.positions / (16 * b.threads));
   for (std::int32_t t = 0; t < b.num_tables; ++t) {
-    s.table_base[t + 1] = s.table_base[t] + b.tables[t].rows;
     s.table_begin[t + 1] = s.table_begin[t];
     for (std::int32_t f = 0; f < b.num_features; ++f) {
       if (s.features[f].table != t) continue;
@@ -253,6 +256,9 @@ void fill_features(const BatchArgs& b, const UpdateSpace& s) {
       s.table_begin[t + 1] += s.features[f].positions;
     }
     s.first_feature[t + 1] = next;
+    const std::int64_t entries = s.table_begin[t + 1] - s.table_begin[t];
+    const std::int64_t parts = entries / part + (entries % part > 0);
+    s.first_part[t + 1] = s.first_part[t] + static_cast<std::int32_t>(parts);
   }
 }
 
@@ -353,45 +359,65 @@ template <class Entry>
 UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
                         OnNonfinite on_nonfinite, bool check_step, bool check_only,
                         const UpdateSpace& s) {
-  const std::int64_t n = b.positions;
   auto* entries = static_cast<Entry*>(s.entries);
   auto* other = static_cast<Entry*>(s.other);
+  // Each table's entries are sorted apart from the others', large tables by all threads together.
   with_index(b.index_type, [&](auto index) {
-    host::make_entries(to_batch<decltype(index)>(b, s.features), s.table_base, b.threads, entries);
+    const auto batch = to_batch<decltype(index)>(b, s.features);
+    const auto sort = [&](std::int32_t t, int threads, std::uint32_t* counts) {
+      const std::int64_t begin = s.table_begin[t];
+      const host::Lookups<decltype(index)> lookups{batch, s.features_by_table + s.first_feature[t],
+                                                   s.first_feature[t + 1] - s.first_feature[t],
+                                                   nullptr};
+      s.sorted[t] = host::sort_lookups(lookups, host::row_bits(b.tables[t].rows), threads,
+                                       entries + begin, other + begin, counts);
+    };
+    const auto together = [&](std::int32_t t) {
+      return s.table_begin[t + 1] - s.table_begin[t] > b.positions / (2 * b.threads);
+    };
+    for (std::int32_t t = 0; t < b.num_tables; ++t) {
+      if (together(t)) sort(t, b.threads, s.counts);
+    }
+    host::parallel_parts(b.num_tables, b.threads, [&](int t, int thread) {
+      if (!together(t)) sort(t, 1, s.counts + thread * host::kCounts);
+    });
   });
-  int bits = 0;
-  while (bits < 63 && (s.table_base[b.num_tables] - 1) >> bits != 0) ++bits;
-  const Entry* sorted = host::sort_entries(entries, other, n, bits, b.threads, s.counts);
 
+  // Some rows of one table: part `part` of its `parts`.
+  const auto run_part = [&](host::Pass pass, std::int32_t t, int part, int parts, float* scratch) {
+    const auto* sorted = static_cast<const Entry*>(s.sorted[t]);
+    const std::int64_t n = s.table_begin[t + 1] - s.table_begin[t];
+    const TableRows rows(b, b.tables[t], on_nonfinite);
+    host::ApplyReport found;
+    with_numeric(grad_type, [&](auto value) {
+      using Grad = decltype(value);
+      const host::GradientRows<Grad> grads{static_cast<const Grad*>(grad),
+                                           s.features_by_table + s.first_feature[t],
+                                           s.first_feature[t + 1] - s.first_feature[t]};
+      host::apply_runs(sorted, host::run_begin(sorted, n, part, parts),
+                       host::run_begin(sorted, n, part + 1, parts), 0, b.tables[t].dim, grads,
+                       rows.kernel->memory(rows.made), scratch,
+                       [&](const host::RowGradient* some, int count) {
+                         rows.kernel->run(rows.made, pass, some, count, found);
+                       });
+    });
+    found.nonfinite.table = found.stale.table = t;
+    return found;
+  };
   const auto run = [&](host::Pass pass) {
-    host::parallel(b.threads, [&](int part) {
-      host::ApplyReport report;
-      const std::int64_t begin = host::run_begin(sorted, n, part, b.threads);
-      const std::int64_t end = host::run_begin(sorted, n, part + 1, b.threads);
-      for (std::int32_t t = 0; t < b.num_tables; ++t) {
-        const std::int64_t lo = max_of(begin, s.table_begin[t]);
-        const std::int64_t hi = min_of(end, s.table_begin[t + 1]);
-        if (lo >= hi) continue;
-        const TableRows rows(b, b.tables[t], on_nonfinite);
-        host::ApplyReport one;
-        with_numeric(grad_type, [&](auto value) {
-          using Grad = decltype(value);
-          const host::GradientRows<Grad> grads{static_cast<const Grad*>(grad),
-                                               s.features_by_table + s.first_feature[t],
-                                               s.first_feature[t + 1] - s.first_feature[t]};
-          host::apply_runs(sorted, lo, hi, s.table_base[t], b.tables[t].dim, grads,
-                           rows.kernel->memory(rows.made), s.scratch + part * s.scratch_size,
-                           [&](const host::RowGradient* some, int count) {
-                             rows.kernel->run(rows.made, pass, some, count, one);
-                           });
-        });
-        one.nonfinite.table = one.stale.table = t;
-        report.merge(one);
+    for (int thread = 0; thread < b.threads; ++thread) s.reports[thread] = {};
+    host::parallel_parts(s.first_part[b.num_tables], b.threads, [&](int part, int thread) {
+      std::int32_t t = 0, after = b.num_tables;
+      while (after - t > 1) {  // the last table whose parts begin at or before this one
+        const std::int32_t middle = t + (after - t) / 2;
+        (s.first_part[middle] <= part ? t : after) = middle;
       }
-      s.reports[part] = report;
+      s.reports[thread].merge(run_part(pass, t, part - s.first_part[t],
+                                       s.first_part[t + 1] - s.first_part[t],
+                                       s.scratch + thread * s.scratch_size));
     });
     host::ApplyReport total;
-    for (int part = 0; part < b.threads; ++part) total.merge(s.reports[part]);
+    for (int thread = 0; thread < b.threads; ++thread) total.merge(s.reports[thread]);
     return total;
   };
   const auto report = [](const host::ApplyReport& r, bool refused) {

@@ -4,6 +4,7 @@
 // functional apply/read, which are a batch of one table whose every index is a bag of its own.
 // Everything is checked before anything is written.
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 
@@ -116,6 +117,21 @@ void reference_apply(const Update& update, nb::handle weight, nb::handle grad, n
                             epoch_start);
 }
 
+// From two such pages on. A system that has none, or does not grant them, is no error.
+bool advise_huge_pages(nb::handle array) {
+  const Array a = take_array(array, "array", Access::write);
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(a.data);
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(a.size() * a.item_size);
+  const std::uintptr_t from = (begin + kPage - 1) / kPage * kPage, to = end / kPage * kPage;
+#if defined(MADV_HUGEPAGE)
+  return a.contiguous() && to > from + kPage &&
+         madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -201,6 +217,9 @@ NB_MODULE(_core, m) {
       "update"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a,
       "The float64 reference of what a read-charged forward multiplies a row by.");
 
+  m.def("advise_huge_pages", &advise_huge_pages, "array"_a.none(),
+        "Ask for 2 MiB pages under an array's memory, before it is first written; whether it was "
+        "granted.");
   m.def("threads", [] { return threads_for(INT_MAX, 1); }, "Threads a large call would use now.");
   m.def(
       "builds",

@@ -24,7 +24,7 @@ int main() {
   // One feature with three bags: rows {3, 1}, {} and {3}. Bag b's gradient is grad[b].
   const std::vector<std::int64_t> indices = {3, 1, 3}, offsets = {0, 2, 2, 3};
   const std::vector<float> grad = {0.5f, 0.25f, 9.0f, 9.0f, 0.25f, -0.25f};
-  const std::int64_t bags = 3, positions = 3, table_base = 0;
+  const std::int64_t bags = 3, positions = 3;
   const Feature feature{0, kDim, 0, bags, 0, positions, 0, 0, kDim};
   const Batch<std::int64_t> batch{indices.data(),  offsets.data(), bags,   positions, &feature, 1,
                                   /*pooled=*/true, false,          nullptr};
@@ -32,16 +32,16 @@ int main() {
   if (check_indices(batch, &kRows).kind != BatchProblem::none) return 1;
 
   std::vector<host::PlainEntry> entries(positions), other(positions);
-  std::vector<std::uint32_t> counts(host::kDigits);
+  std::vector<std::uint32_t> counts(host::kCounts);
   std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(kDim)));
-  host::make_entries(batch, &table_base, /*threads=*/1, entries.data());
-  const host::PlainEntry* sorted = host::sort_entries(entries.data(), other.data(), positions,
-                                                      /*bits=*/3, /*threads=*/1, counts.data());
+  const host::PlainEntry* sorted =
+      host::sort_lookups(host::Lookups<std::int64_t>{batch, &feature, 1}, host::row_bits(kRows),
+                         /*threads=*/1, entries.data(), other.data(), counts.data());
 
   const auto update = RowUpdate<float, float, RowwiseRMSprop, LinearClipped, Nearest>::at(
       /*step=*/1, /*lr=*/0.1, {}, {/*alpha=*/0.5f, /*min_shrinkage=*/0.1f});
   const host::ApplyReport report =
-      host::apply_runs(update, table, sorted, 0, positions, table_base, host::Pass::update,
+      host::apply_runs(update, table, sorted, 0, positions, /*base=*/0, host::Pass::update,
                        host::GradientRows<float>{grad.data(), &feature, 1}, scratch.data());
 
   for (std::int64_t r = 0; r < kRows; ++r) {

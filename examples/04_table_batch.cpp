@@ -57,10 +57,10 @@ int main() {
 
     // Backward: one sort over both tables; each touched row is updated once.
     host::ScaledEntry entries[kPositions], other[kPositions];  // scaled: by 1 / length of the bag
-    std::vector<std::uint32_t> counts(host::kDigits);
-    host::make_entries(batch, table_base, /*threads=*/1, entries);
-    const host::ScaledEntry* sorted =
-        host::sort_entries(entries, other, kPositions, /*bits=*/4, /*threads=*/1, counts.data());
+    std::vector<std::uint32_t> counts(host::kCounts);
+    const host::ScaledEntry* sorted = host::sort_lookups(
+        host::Lookups<std::int64_t>{batch, features, 3, table_base}, host::row_bits(table_base[2]),
+        /*threads=*/1, entries, other, counts.data());
     const auto update =
         RowUpdate<float, float, SGD, Exponential, Nearest>::at(step, kLr, {}, decay);
     const host::GradientRows<float> of_table[] = {{grad.data(), features, 2},

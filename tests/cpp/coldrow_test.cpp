@@ -60,13 +60,11 @@ double worst_difference(int dim, int steps) {
 
     const Batch<std::int64_t> batch{indices.data(), nullptr, kBatch, kBatch, &feature, 1,
                                     true,           false,   nullptr};
-    const std::int64_t base = 0;
     std::vector<host::PlainEntry> entries(kBatch), other(kBatch);
-    std::vector<std::uint32_t> counts(host::kDigits);
+    std::vector<std::uint32_t> counts(host::kCounts);
     std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(static_cast<int>(d))));
-    host::make_entries(batch, &base, 1, entries.data());
-    const auto* sorted =
-        host::sort_entries(entries.data(), other.data(), kBatch, 5, 1, counts.data());
+    const auto* sorted = host::sort_lookups(host::Lookups<std::int64_t>{batch, &feature, 1}, 5, 1,
+                                            entries.data(), other.data(), counts.data());
     const auto update = RowUpdate<W, float, RowwiseRMSprop, CumulativeLinear, Nearest>::at(
         step, kLr, {1e-6f, 0.9f}, decay);
     host::apply_runs(update, table, sorted, 0, kBatch, 0, host::Pass::update,

@@ -16,7 +16,7 @@ struct GradientRows {
   const Feature* features;  // of this table, in order of first_row
   int num_features;
 
-  const Grad* row(std::uint32_t out_row) const {
+  COLDROW_INLINE const Grad* row(std::uint32_t out_row) const {
     int f = num_features - 1;
     while (f > 0 && features[f].first_row > static_cast<std::int64_t>(out_row)) --f;
     return data + features[f].out_offset +
@@ -24,9 +24,9 @@ struct GradientRows {
   }
 };
 
-// Sums 16 * Blocks columns of a run, from `column` on, in registers. count: columns of the last block
-// that exist.
-template <int Blocks, class Entry, Numeric Grad>
+// Sums 16 * Blocks columns of a run, from `column` on, in registers. Whole: all of them exist; else
+// Blocks is 1 and `count` do.
+template <int Blocks, bool Whole, class Entry, Numeric Grad>
 COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
                                      std::int64_t length, int column, int count, float* out) {
   Lanes<16> acc[Blocks];
@@ -37,7 +37,7 @@ COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entr
     broadcast(scale, run[i].scale);
     for (int b = 0; b < Blocks; ++b) {
       Lanes<16> g;
-      if (count == 16) {
+      if constexpr (Whole) {
         load(g, row + 16 * b);
       } else {
         load_partial(g, row + 16 * b, count);
@@ -54,15 +54,23 @@ COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entr
 
 // The float32 sum of a run's gradients, in the order of the batch. scratch: [dim rounded up to 16].
 template <class Entry, Numeric Grad>
-const float* sum_run(const GradientRows<Grad>& grads, const Entry* run, std::int64_t count, int dim,
-                     float* scratch) {
+COLDROW_HOST_INLINE const float* sum_run(const GradientRows<Grad>& grads, const Entry* run,
+                                         std::int64_t count, int dim, float* scratch) {
   if constexpr (std::same_as<Grad, float>) {
     if (count == 1 && run->scale == 1.0f) return grads.row(run->out_row);
   }
   int c = 0;
-  for (; c + 64 <= dim; c += 64) sum_columns<4>(grads, run, count, c, 16, scratch + c);
-  for (; c + 16 <= dim; c += 16) sum_columns<1>(grads, run, count, c, 16, scratch + c);
-  if (c < dim) sum_columns<1>(grads, run, count, c, dim - c, scratch + c);
+  const auto sum = [&](auto blocks, auto whole) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    sum_columns<kBlocks, decltype(whole)::value>(grads, run, count, c, dim - c, scratch + c);
+    c += 16 * kBlocks;
+  };
+  using std::integral_constant;
+  while (c + 128 <= dim) sum(integral_constant<int, 8>{}, std::true_type{});
+  if (c + 64 <= dim) sum(integral_constant<int, 4>{}, std::true_type{});
+  if (c + 32 <= dim) sum(integral_constant<int, 2>{}, std::true_type{});
+  if (c + 16 <= dim) sum(integral_constant<int, 1>{}, std::true_type{});
+  if (c < dim) sum(integral_constant<int, 1>{}, std::false_type{});
   return scratch;
 }
 
@@ -81,10 +89,12 @@ struct FoundRows {
     if (count++ == 0) row = r;
   }
   void merge(const FoundRows& other) {
-    if (count == 0)
-      *this = other;
-    else
-      count += other.count;
+    if (other.count == 0) return;
+    if (count == 0 || other.table < table || (other.table == table && other.row < row)) {
+      table = other.table;
+      row = other.row;
+    }
+    count += other.count;
   }
 };
 
@@ -133,7 +143,7 @@ class RowMemory {
   }
   void fetch(std::int64_t row) const {
     for (int i = 0; i < count_; ++i) {
-      prefetch_to_write(parts_[i].data + row * parts_[i].stride, parts_[i].bytes);
+      prefetch(parts_[i].data + row * parts_[i].stride, parts_[i].bytes);
     }
   }
 

@@ -9,7 +9,7 @@ COLDROW_BEGIN
 namespace host {
 
 // How many positions ahead of its use a row, or the state of one, is fetched.
-inline constexpr std::int64_t kLookupDistance = 40;
+inline constexpr std::int64_t kLookupDistance = 64;
 inline constexpr std::int64_t kStateDistance = 64;
 inline constexpr std::int64_t kOutDistance = 8;  // in bags
 
@@ -30,30 +30,27 @@ struct Bags {
   }
 };
 
-// Pools 16 * Blocks columns of one bag, from `column` on, in registers. count: columns of the last
-// block that exist. Ahead: fetch the whole row of a later position for each row read.
-template <int Blocks, bool Ahead, Numeric Weight, class Index, Numeric Out>
+// Pools 16 * Blocks columns of one bag, from `column` on, in registers, and fetches the same columns
+// of later rows. Whole: all of them exist; else Blocks is 1 and `count` do.
+template <int Blocks, bool Whole, bool Scaled, Numeric Weight, class Index, Numeric Out>
 COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo,
                                       std::int64_t hi, int column, int count, float bag_scale,
                                       Out* out) {
   const Index* const indices = bags.indices;
+  const Weight* const weight = bags.weight + column;
   const std::int64_t last = bags.positions_end - 1;
-  const auto row_of = [&](std::int64_t p) {
-    return bags.weight + static_cast<std::int64_t>(indices[p]) * bags.dim;
-  };
+  const std::int64_t dim = bags.dim;
   Lanes<16> acc[Blocks];
   for (auto& a : acc) broadcast(a, 0.0f);
   for (std::int64_t p = lo; p < hi; ++p) {
-    if constexpr (Ahead) {
-      prefetch(row_of(min_of(p + kLookupDistance, last)),
-               sizeof(Weight) * static_cast<std::size_t>(bags.dim));
-    }
-    const Weight* const row = row_of(p) + column;
+    const auto ahead = static_cast<std::int64_t>(indices[min_of(p + kLookupDistance, last)]);
+    prefetch(weight + ahead * dim, 16 * Blocks * sizeof(Weight));
+    const Weight* const row = weight + static_cast<std::int64_t>(indices[p]) * dim;
     Lanes<16> scale;
-    broadcast(scale, bags.scale != nullptr ? bags.scale[p] : 1.0f);
+    broadcast(scale, Scaled ? bags.scale[p] : 1.0f);
     for (int b = 0; b < Blocks; ++b) {
       Lanes<16> w;
-      if (count == 16) {
+      if constexpr (Whole) {
         load(w, row + 16 * b);
       } else {
         load_partial(w, row + 16 * b, count);
@@ -67,7 +64,7 @@ COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int6
     to_array(acc[b], pooled);
     COLDROW_LANES
     for (int k = 0; k < 16; ++k) pooled[k] *= bag_scale;
-    if (count == 16) {
+    if constexpr (Whole) {
       store(pooled, Nearest{}, none, out + column + 16 * b);
     } else {
       store_partial(pooled, Nearest{}, none, out + column + 16 * b, count);
@@ -75,34 +72,40 @@ COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int6
   }
 }
 
-// Writes one output row per bag, from `out` on, out_stride elements apart. The rows of a bag are
-// gone through once for each 128 columns; common widths are done in one go.
-template <Numeric Weight, class Index, Numeric Out>
-void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_stride) {
+template <bool Scaled, Numeric Weight, class Index, Numeric Out>
+void pool_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_stride) {
   std::int64_t lo = bags.first(bags.begin);
   for (std::int64_t b = bags.begin; b < bags.end; ++b, out += out_stride) {
     if (b + kOutDistance < bags.end) {
-      prefetch_to_write(out + kOutDistance * out_stride,
-                        sizeof(Out) * static_cast<std::size_t>(bags.dim));
+      prefetch(out + kOutDistance * out_stride, sizeof(Out) * static_cast<std::size_t>(bags.dim));
     }
     const std::int64_t hi = bags.first(b + 1);
     const float bag_scale = bags.mean && hi > lo ? 1.0f / static_cast<float>(hi - lo) : 1.0f;
     int c = 0;
-    const auto pool = [&](auto blocks, int count) {
+    const auto pool = [&](auto blocks, auto whole) {
       constexpr int kBlocks = decltype(blocks)::value;
-      if (c == 0) {
-        pool_columns<kBlocks, true>(bags, lo, hi, c, count, bag_scale, out);
-      } else {
-        pool_columns<kBlocks, false>(bags, lo, hi, c, count, bag_scale, out);
-      }
+      pool_columns<kBlocks, decltype(whole)::value, Scaled>(bags, lo, hi, c, bags.dim - c,
+                                                            bag_scale, out);
       c += 16 * kBlocks;
     };
-    while (c + 128 <= bags.dim) pool(std::integral_constant<int, 8>{}, 16);
-    if (c + 64 <= bags.dim) pool(std::integral_constant<int, 4>{}, 16);
-    if (c + 32 <= bags.dim) pool(std::integral_constant<int, 2>{}, 16);
-    if (c + 16 <= bags.dim) pool(std::integral_constant<int, 1>{}, 16);
-    if (c < bags.dim) pool(std::integral_constant<int, 1>{}, bags.dim - c);
+    using std::integral_constant;
+    while (c + 128 <= bags.dim) pool(integral_constant<int, 8>{}, std::true_type{});
+    if (c + 64 <= bags.dim) pool(integral_constant<int, 4>{}, std::true_type{});
+    if (c + 32 <= bags.dim) pool(integral_constant<int, 2>{}, std::true_type{});
+    if (c + 16 <= bags.dim) pool(integral_constant<int, 1>{}, std::true_type{});
+    if (c < bags.dim) pool(integral_constant<int, 1>{}, std::false_type{});
     lo = hi;
+  }
+}
+
+// Writes one output row per bag, from `out` on, out_stride elements apart. The rows of a bag are
+// gone through once for each 128 columns; common widths are done in one go.
+template <Numeric Weight, class Index, Numeric Out>
+void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_stride) {
+  if (bags.scale != nullptr) {
+    pool_bags<true>(bags, out, out_stride);
+  } else {
+    pool_bags<false>(bags, out, out_stride);
   }
 }
 

@@ -1,8 +1,9 @@
-// From a batch of indices to sorted runs of equal rows: one sort over all tables.
+// From a batch of indices to sorted runs of equal rows: one sort per table.
 //
-// Rows of all tables are numbered through (row + table_base[table]), so the sort is by table, then
-// row. The sort is stable: duplicates keep the order of the batch, and their gradients are summed
-// in it. It is a radix sort (least significant digit first) over no more bits than the rows need.
+// Sorted apart, a table's entries need no more passes than its own rows ask for, and lie in the cache
+// while they are moved. The sort is stable: duplicates keep the order of the batch, and their
+// gradients are summed in it. It is a radix sort, least significant digit first, and its first pass
+// makes the entries.
 #pragma once
 
 #include "../table/batch.hpp"
@@ -36,100 +37,181 @@ struct WideEntry {
 
 inline constexpr int kDigitBits = 11;
 inline constexpr int kDigits = 1 << kDigitBits;
+inline constexpr int kMaxPasses = 6;                                         // over keys of 63 bits
+inline constexpr std::int64_t kCounts = std::int64_t{kMaxPasses} * kDigits;  // a thread's counters
 inline constexpr std::int64_t kMaxPositions = INT32_MAX;
 
-// Writes one entry per position, in order.
-template <class Entry, class Index>
-void make_entries(const Batch<Index>& batch, const std::int64_t* table_base, int threads,
-                  Entry* entries) {
-  parallel(threads, [&](int part) {
-    for (std::int32_t f = 0; f < batch.num_features; ++f) {
-      const Feature& feature = batch.features[f];
-      const std::int64_t base = table_base[feature.table];
-      const auto put = [&](std::int64_t p, std::int64_t out_row, float scale) {
-        Entry& e = entries[p];
-        e.key = static_cast<typename Entry::key_type>(base + batch.indices[p]);
-        e.out_row = static_cast<std::uint32_t>(out_row);
-        if constexpr (requires { e.scale = scale; }) e.scale = scale;
-      };
-      if (!batch.pooled || batch.offsets == nullptr) {
-        const std::int64_t lo = part_begin(feature.positions, part, threads);
-        const std::int64_t hi = part_begin(feature.positions, part + 1, threads);
-        for (std::int64_t i = lo; i < hi; ++i) {
-          const std::int64_t p = feature.first_position + i;
-          const bool weighted = batch.pooled && batch.per_sample_weights != nullptr;
-          put(p, feature.first_row + i, weighted ? batch.per_sample_weights[p] : 1.0f);
-        }
-        continue;
-      }
-      const std::int64_t lo = part_begin(feature.bags, part, threads);
-      const std::int64_t hi = part_begin(feature.bags, part + 1, threads);
-      for (std::int64_t b = feature.first_bag + lo; b < feature.first_bag + hi; ++b) {
-        const std::int64_t begin = batch.offsets[b];
-        const std::int64_t end = batch.offsets[b + 1];
-        const float bag_scale = batch.mean ? 1.0f / static_cast<float>(end - begin) : 1.0f;
-        for (std::int64_t p = begin; p < end; ++p) {
-          put(p, b, batch.per_sample_weights != nullptr ? batch.per_sample_weights[p] : bag_scale);
-        }
-      }
-    }
-  });
+// Bits that tell `rows` rows apart.
+inline int row_bits(std::int64_t rows) {
+  int bits = 0;
+  while (bits < 63 && (rows - 1) >> bits > 0) ++bits;
+  return bits;
 }
 
-// Sorts `entries` by key. Keys are below 2^bits. counts: [threads * kDigits]. Returns where the
+// Some features of a batch, their lookups counted through them from 0 on.
+template <class Index>
+struct Lookups {
+  Batch<Index> batch;
+  const Feature* features;
+  int num_features;
+  const std::int64_t* table_base =
+      nullptr;  // added to an index to make its key, by table; null: nothing is
+
+  std::int64_t count() const {
+    std::int64_t n = 0;
+    for (int f = 0; f < num_features; ++f) n += features[f].positions;
+    return n;
+  }
+
+  // Calls f(feature, first key, p, end): positions [p, end) of one feature after the other.
+  template <class F>
+  COLDROW_INLINE void for_positions(std::int64_t lo, std::int64_t hi, const F& f) const {
+    std::int64_t before = 0;
+    for (int i = 0; i < num_features && before < hi; before += features[i++].positions) {
+      const Feature& feature = features[i];
+      const std::int64_t p = max_of<std::int64_t>(lo - before, 0);
+      const std::int64_t end = min_of(hi - before, feature.positions);
+      const std::int64_t base = table_base != nullptr ? table_base[feature.table] : 0;
+      if (p < end) f(feature, base, feature.first_position + p, feature.first_position + end);
+    }
+  }
+
+  // Calls f(key) for lookups [lo, hi).
+  template <class F>
+  COLDROW_INLINE void for_keys(std::int64_t lo, std::int64_t hi, const F& f) const {
+    const Index* const indices = batch.indices;
+    for_positions(lo, hi, [&](const Feature&, std::int64_t base, std::int64_t p, std::int64_t end) {
+      for (; p < end; ++p) f(base + indices[p]);
+    });
+  }
+
+  // Calls f(key, output row, scale) for lookups [lo, hi).
+  template <class F>
+  COLDROW_INLINE void for_each(std::int64_t lo, std::int64_t hi, const F& f) const {
+    const Index *const indices = batch.indices, *const offsets = batch.offsets;
+    const float* const weights = batch.pooled ? batch.per_sample_weights : nullptr;
+    for_positions(lo, hi,
+                  [&](const Feature& feature, std::int64_t base, std::int64_t p, std::int64_t end) {
+                    if (!batch.pooled || offsets == nullptr) {
+                      std::int64_t row = feature.first_row + (p - feature.first_position);
+                      for (; p < end; ++p) {
+                        f(base + indices[p], row++, weights != nullptr ? weights[p] : 1.0f);
+                      }
+                      return;
+                    }
+                    std::int64_t bag = feature.first_bag, after = bag + feature.bags;
+                    while (after - bag > 1) {  // the last bag that begins at or before p
+                      const std::int64_t middle = bag + (after - bag) / 2;
+                      (static_cast<std::int64_t>(offsets[middle]) <= p ? bag : after) = middle;
+                    }
+                    for (; p < end; ++bag) {
+                      const std::int64_t bag_begin = offsets[bag], bag_end = offsets[bag + 1];
+                      const float bag_scale =
+                          batch.mean ? 1.0f / static_cast<float>(bag_end - bag_begin) : 1.0f;
+                      for (const std::int64_t stop = min_of(bag_end, end); p < stop; ++p) {
+                        f(base + indices[p], bag, weights != nullptr ? weights[p] : bag_scale);
+                      }
+                    }
+                  });
+  }
+};
+
+// Makes the entries of some lookups, sorted by key: [n] of them, n the number of lookups. Keys are
+// below 2^bits. entries, other: [n] each. counts: [threads * kCounts]. Returns where the
 // sorted entries are: `entries` or `other`.
-template <class Entry>
-Entry* sort_entries(Entry* entries, Entry* other, std::int64_t n, int bits, int threads,
-                    std::uint32_t* counts) {
+template <class Entry, class Index>
+Entry* sort_lookups(const Lookups<Index>& lookups, int bits, int threads, Entry* entries,
+                    Entry* other, std::uint32_t* counts) {
+  using Key = typename Entry::key_type;
+  const std::int64_t n = lookups.count();
+  const auto make = [](std::int64_t key, std::int64_t out_row, float scale) {
+    Entry e;
+    e.key = static_cast<Key>(key);
+    e.out_row = static_cast<std::uint32_t>(out_row);
+    if constexpr (requires { e.scale = scale; }) e.scale = scale;
+    return e;
+  };
   if (n <= 48) {  // insertion sort: stable, and quicker than clearing the counters
-    for (std::int64_t i = 1; i < n; ++i) {
-      const Entry e = entries[i];
-      std::int64_t j = i;
+    std::int64_t i = 0;
+    lookups.for_each(0, n, [&](std::int64_t key, std::int64_t out_row, float scale) {
+      const Entry e = make(key, out_row, scale);
+      std::int64_t j = i++;
       for (; j > 0 && entries[j - 1].key > e.key; --j) entries[j] = entries[j - 1];
       entries[j] = e;
-    }
+    });
     return entries;
   }
-  const int passes = (bits + kDigitBits - 1) / kDigitBits;
-  const int digit_bits = passes == 0 ? 0 : (bits + passes - 1) / passes;
-  const int digits = 1 << digit_bits;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int shift = pass * digit_bits;
-    const auto mask = static_cast<std::uint32_t>(digits - 1);
-    const Entry* const from = entries;
-    Entry* const to = other;
-    parallel(threads, [=](int part) {
-      std::uint32_t* const count = counts + part * kDigits;
-      for (int d = 0; d < digits; ++d) count[d] = 0;
-      const std::int64_t hi = part_begin(n, part + 1, threads);
-      for (std::int64_t i = part_begin(n, part, threads); i < hi; ++i) {
-        // The first pass is the first to touch `to`; scattered writes would each wait for memory.
-        if (pass == 0) __builtin_prefetch(to + i, 1, 3);
-        ++count[static_cast<std::uint32_t>(from[i].key >> shift) & mask];
-      }
+  const int passes = max_of(1, (bits + kDigitBits - 1) / kDigitBits);
+  const int digit_bits = (bits + passes - 1) / passes;
+  const auto mask = static_cast<std::uint32_t>((1 << digit_bits) - 1);
+  const auto digit = [=](Key key, int pass) {
+    return static_cast<std::uint32_t>(key >> (pass * digit_bits)) & mask;
+  };
+  const auto counts_of = [=](int part, int pass) {
+    return counts + part * kCounts + pass * kDigits;
+  };
+  // One thread counts the digits of two passes in one go: they are the same in any order.
+  const bool both = threads == 1 && passes == 2;
+  Entry* from = nullptr;
+  Entry* to = entries;
+  const auto count_digits = [&](int part, int pass, std::int64_t lo, std::int64_t hi) {
+    std::uint32_t* const count = counts_of(part, pass);
+    std::uint32_t* const next = counts_of(part, 1);
+    for (std::uint32_t d = 0; d <= mask; ++d) count[d] = 0;
+    if (pass > 0) {
+      for (std::int64_t i = lo; i < hi; ++i) ++count[digit(from[i].key, pass)];
+      return;
+    }
+    // What is written first is fetched meanwhile: scattered writes would each wait for memory.
+    const Entry* fetched = to + lo;
+    if (both) {
+      for (std::uint32_t d = 0; d <= mask; ++d) next[d] = 0;
+      lookups.for_keys(lo, hi, [&](std::int64_t key) {
+        __builtin_prefetch(fetched++, 1, 3);
+        ++count[digit(static_cast<Key>(key), 0)];
+        ++next[digit(static_cast<Key>(key), 1)];
+      });
+      return;
+    }
+    lookups.for_keys(lo, hi, [&](std::int64_t key) {
+      __builtin_prefetch(fetched++, 1, 3);
+      ++count[digit(static_cast<Key>(key), 0)];
     });
+  };
+  for (int pass = 0; pass < passes; ++pass) {
+    if (pass == 0 || !both) {
+      parallel(threads, [&](int part) {
+        count_digits(part, pass, part_begin(n, part, threads), part_begin(n, part + 1, threads));
+      });
+    }
     std::uint32_t sum = 0;
-    for (int d = 0; d < digits; ++d) {
+    for (std::uint32_t d = 0; d <= mask; ++d) {
       for (int part = 0; part < threads; ++part) {
-        std::uint32_t& count = counts[part * kDigits + d];
+        std::uint32_t& count = counts_of(part, pass)[d];
         const std::uint32_t here = count;
         count = sum;
         sum += here;
       }
     }
-    parallel(threads, [=](int part) {
-      std::uint32_t* const next = counts + part * kDigits;
-      const std::int64_t hi = part_begin(n, part + 1, threads);
-      for (std::int64_t i = part_begin(n, part, threads); i < hi; ++i) {
+    parallel(threads, [&](int part) {
+      std::uint32_t* const next = counts_of(part, pass);
+      const std::int64_t lo = part_begin(n, part, threads), hi = part_begin(n, part + 1, threads);
+      if (pass == 0) {
+        lookups.for_each(lo, hi, [&](std::int64_t key, std::int64_t out_row, float scale) {
+          const Entry e = make(key, out_row, scale);
+          to[next[digit(e.key, 0)]++] = e;
+        });
+        return;
+      }
+      for (std::int64_t i = lo; i < hi; ++i) {
         const Entry e = from[i];
-        to[next[static_cast<std::uint32_t>(e.key >> shift) & mask]++] = e;
+        to[next[digit(e.key, pass)]++] = e;
       }
     });
-    Entry* const swap = entries;
-    entries = other;
-    other = swap;
+    from = to;
+    to = to == entries ? other : entries;
   }
-  return entries;
+  return from;
 }
 
 // Where `part` begins when sorted entries are cut into `parts` without cutting a run of equal keys.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from coldrow import _core
 from coldrow.functional import (
@@ -23,14 +24,13 @@ from coldrow.functional import (
     ON_NONFINITE,
     SparseStep,
     apply_steps,
-    bump_versions,
     integer,
     one_of,
     table_key,
 )
 from coldrow.nn import checkpoint, ops
 from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
-from coldrow.nn.table import DTYPES, State, Table, Weights, moved
+from coldrow.nn.table import DTYPES, State, Table, Weights, moved, table_memory
 from coldrow.policies import RowUpdate, compiled, is_epoch_aware, number
 
 
@@ -121,7 +121,7 @@ class TableBatchedEmbeddingBags(nn.Module):
 
         parameters = {}
         for table in tables:
-            weight = torch.empty(table.num_rows, table.dim, dtype=table.dtype, device=device)
+            weight = table_memory((table.num_rows, table.dim), table.dtype, device)
             table.fill(weight)
             parameters[table.name] = nn.Parameter(weight, requires_grad=not fused)
         self.weights = Weights(parameters)
@@ -174,6 +174,9 @@ class TableBatchedEmbeddingBags(nn.Module):
         self._optimizer_states = [
             [v[n] for n in s.names[1:]] for s, v in zip(self._state, views, strict=True)
         ]
+        # What a step writes and autograd should hear of. (Inference tensors have no versions.)
+        written = [*self._parameters_list, *(m for s in self._state for m in s.memory)]
+        self._written = [t for t in written if not t.is_inference()]
         self._generation += 1
         self._spec = ops.spec_of(self)
         self._device = self._parameters_list[0].device
@@ -185,7 +188,7 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _sync(self) -> None:
         """Notice tables that somebody put in the place of others."""
-        current = list(self.weights._parameters.values())
+        current = list(self._modules["weights"]._parameters.values())  # type: ignore[union-attr]
         old = self._parameters_list
         if len(current) == len(old) and all(map(operator.is_, current, old)):
             return
@@ -300,12 +303,16 @@ class TableBatchedEmbeddingBags(nn.Module):
         """
         return self._param_groups
 
-    def _group_lrs(self) -> Tensor:
-        """Learning rates by group, float64 ``[groups]``; takes in what was assigned to a group."""
+    def _take_in_lrs(self) -> None:
+        """Take in what was assigned to a group in the place of its tensor."""
         for tensor, group in zip(self._lr, self._param_groups, strict=True):
             if group["lr"] is not tensor:  # somebody put a number of their own there
                 tensor.fill_(number("lr", group["lr"]))
                 group["lr"] = tensor
+
+    def _group_lrs(self) -> Tensor:
+        """Learning rates by group, float64 ``[groups]``; takes in what was assigned to a group."""
+        self._take_in_lrs()
         return torch.stack(self._lr)
 
     def _set_group_lrs(self, values: Sequence[float]) -> None:
@@ -315,13 +322,15 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _lrs(self) -> tuple[float, ...]:
         """Learning rates by table."""
-        values = self._group_lrs().tolist()
+        self._take_in_lrs()
+        values = [lr.item() for lr in self._lr]
         return tuple([values[g] for g in self._group_of])
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step (of the first group); assigning sets it for all tables."""
-        return float(self._group_lrs()[0])
+        self._take_in_lrs()
+        return float(self._lr[0])
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -388,6 +397,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         one_tensor = self.pooling != "none" or len(set(self._dims)) == 1
         if torch.compiler.is_compiling() and one_tensor and (self.fused or not grad_on):
             return self._traced(indices, offsets, weights, sizes)
+        if torch.compiler.is_compiling():
+            return self._untraced(indices, offsets, weights, sizes)
         return self._eager(indices, offsets, weights, sizes)
 
     def _traced(
@@ -419,6 +430,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         return self._shape(out, offsets, sizes)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _untraced(self, *args: Any) -> Any:
+        """Look up outside the graph that is being traced."""
+        return self._eager(*args)
+
     def _eager(
         self,
         indices: Tensor,
@@ -436,7 +451,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             anchor = self._anchor if self.training else self._anchor.detach()
             out = FusedLookup.apply(anchor, self, ticket, batch, indices, offsets, weights)
             if ticket is not None:
-                self._outstanding = weakref.ref(ticket)
+                self.__dict__["_outstanding"] = weakref.ref(ticket)  # nn.Module's way costs 2 us
         else:
             out = self._lookup(batch, indices, offsets, weights)
         return self._shape(out, offsets, sizes)
@@ -577,11 +592,11 @@ class TableBatchedEmbeddingBags(nn.Module):
             self.on_nonfinite,
         )
         if skipped:
-            self._nonfinite += skipped
+            self._nonfinite.add_(skipped)
         self._tick()
 
     def _tick(self) -> None:
-        self._clock += 1
+        self._clock.add_(1)
         if not self._epoch_checked:
             self._epoch_checked = True
             if self.epoch_start == 0 and any(is_epoch_aware(u) for u in self._updates):
@@ -590,7 +605,7 @@ class TableBatchedEmbeddingBags(nn.Module):
                     "nothing decays",
                     stacklevel=2,
                 )
-        bump_versions(*self._parameters_list, *(m for s in self._state for m in s.memory))
+        increment_version(self._written)
         if self._optimizer is not None:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at before they warn
 
@@ -780,6 +795,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             "_state_views",
             "_prev_iters",
             "_optimizer_states",
+            "_written",
             "_spec",
             "_outstanding",
             "_optimizer",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coldrow import _core
 from coldrow.functional import integer, one_of
 from coldrow.policies import RowUpdate
 
@@ -61,6 +62,19 @@ class Table:
                 weight.uniform_(-bound, bound)
             else:
                 self.init(weight)
+
+
+def table_memory(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Return uninitialised memory for a table or its state, in 2 MiB pages where the system grants them.
+
+    Rows lie far apart: on small pages every touch of a row also walks the page table.
+    """
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if type(memory) is Tensor and memory.device.type == "cpu":  # (a fake one has no memory)
+        _core.advise_huge_pages(memory)
+    return memory
 
 
 class Weights(nn.Module):
@@ -122,9 +136,7 @@ class State:
     ) -> State:
         """Return the state of a table never trained."""
         state = cls(shapes, layout)
-        state.memory = [
-            torch.zeros(shape, dtype=torch.int32, device=device) for shape in state._shapes
-        ]
+        state.memory = [table_memory(shape, torch.int32, device).zero_() for shape in state._shapes]
         return state
 
     @classmethod

@@ -126,9 +126,9 @@ host::ApplyReport host_update(const TestBatch<Index>& test,
   using Entry = host::WideEntry;
   const std::int64_t n = test.positions();
   std::vector<Entry> entries(static_cast<std::size_t>(n)), other(entries);
-  std::vector<std::uint32_t> counts(host::kDigits);
-  host::make_entries(test.view(), test.table_base.data(), 1, entries.data());
-  const Entry* sorted = host::sort_entries(entries.data(), other.data(), n, 40, 1, counts.data());
+  std::vector<std::uint32_t> counts(host::kCounts);
+  const Entry* sorted = host::sort_lookups(test.all(test.table_base.data()), 40, 1, entries.data(),
+                                           other.data(), counts.data());
   host::ApplyReport report;
   std::int64_t lo = 0;
   for (std::size_t t = 0; t < tables.size(); ++t) {

@@ -56,10 +56,9 @@ std::vector<ApplyReport> apply_batch(const Update& update, std::vector<OwnedTabl
                                      int threads, Pass pass) {
   const std::int64_t n = batch.positions();
   std::vector<Entry> entries(static_cast<std::size_t>(n)), other(entries);
-  std::vector<std::uint32_t> counts(static_cast<std::size_t>(threads * host::kDigits));
-  host::make_entries(batch.view(), batch.table_base.data(), threads, entries.data());
-  const Entry* sorted =
-      host::sort_entries(entries.data(), other.data(), n, 32, threads, counts.data());
+  std::vector<std::uint32_t> counts(static_cast<std::size_t>(threads * host::kCounts));
+  const Entry* sorted = host::sort_lookups(batch.all(batch.table_base.data()), 32, threads,
+                                           entries.data(), other.data(), counts.data());
 
   std::vector<ApplyReport> reports(tables.size());
   std::vector<std::vector<ApplyReport>> by_part(static_cast<std::size_t>(threads), reports);

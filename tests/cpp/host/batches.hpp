@@ -1,6 +1,8 @@
 // Random batches over several tables, and the list of their lookups by the definition.
 #pragma once
 
+#include <coldrow/host/segment.hpp>
+
 #include "../inputs.hpp"
 
 namespace coldrow_test {
@@ -71,6 +73,11 @@ struct TestBatch {
             spec.pooled,
             spec.mean,
             spec.weighted ? weights.data() : nullptr};
+  }
+
+  // All lookups, for sorting over all tables at once.
+  host::Lookups<Index> all(const std::int64_t* base) const {
+    return {view(), features.data(), static_cast<int>(features.size()), base};
   }
 
   // Where element d of a lookup's output row is.

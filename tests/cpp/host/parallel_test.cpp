@@ -53,7 +53,7 @@ TEST(Parallel, WorkspaceMeasuresWhatItTakes) {
 // Prefetching is a hint: an address that does not exist may be fetched.
 TEST(Parallel, PrefetchNeverFaults) {
   host::prefetch(nullptr, 4096);
-  host::prefetch_to_write(reinterpret_cast<const void*>(std::uintptr_t{0x10}), 4096);
+  host::prefetch(reinterpret_cast<const void*>(std::uintptr_t{0x10}), 4096);
 }
 
 }  // namespace

@@ -164,10 +164,9 @@ void expect_equal_batches() {
     const auto grad = random.numbers<half>(batch.out_size);
     const std::int64_t n = batch.positions();
     std::vector<PlainEntry> entries(static_cast<std::size_t>(n)), other(entries);
-    std::vector<std::uint32_t> counts(host::kDigits);
-    host::make_entries(batch.view(), batch.table_base.data(), 1, entries.data());
-    const PlainEntry* sorted =
-        host::sort_entries(entries.data(), other.data(), n, 6, 1, counts.data());
+    std::vector<std::uint32_t> counts(host::kCounts);
+    const PlainEntry* sorted = host::sort_lookups(batch.all(batch.table_base.data()), 6, 1,
+                                                  entries.data(), other.data(), counts.data());
     const GradientRows<half> grads{grad.data(), batch.features.data(), 2};
     std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(21)));
     StepOf s;
