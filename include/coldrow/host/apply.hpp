@@ -16,7 +16,7 @@ struct GradientRows {
   const Feature* features;  // of this table, in order of first_row
   int num_features;
 
-  COLDROW_INLINE const Grad* row(std::uint32_t out_row) const {
+  COLDROW_HOST_INLINE const Grad* row(std::uint32_t out_row) const {
     int f = num_features - 1;
     while (f > 0 && features[f].first_row > static_cast<std::int64_t>(out_row)) --f;
     return data + features[f].out_offset +

@@ -64,6 +64,10 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cud
 }
 inline cudaError_t cudaMemset(void* to, int value, std::size_t bytes) {
   if (const auto error = simt::unless_captured(); error != cudaSuccess) return error;
+  if (value == 0 && simt::memory().contains(to) && bytes >= (1u << 24)) {
+    // Zeros that take no memory.
+    return madvise(to, bytes, MADV_DONTNEED) == 0 ? cudaSuccess : cudaErrorUnknown;
+  }
   if (bytes > 0) std::memset(to, value, bytes);
   return cudaSuccess;
 }
