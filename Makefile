@@ -16,6 +16,7 @@ help:
 	@echo "make test-distributed   2 and 4 processes against one, with TorchRec where it can be installed"
 	@echo "make test-fbgemm  coldrow.compat.fbgemm beside FBGEMM (its own environment)"
 	@echo "make test-torch  one wheel under other torch releases and Pythons (gigabytes)"
+	@echo "make test-gpu  what needs a GPU, with nvcc and a torch that are there (no network)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: few rounds"
@@ -101,6 +102,10 @@ test-distributed: build $(DISTRIBUTED)/.installed
 .PHONY: test-torch
 test-torch: build
 	tests/torch_releases.sh $(ARGS)
+
+.PHONY: test-gpu
+test-gpu:
+	tests/gpu.sh
 
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.cu' '*.cuh')
 

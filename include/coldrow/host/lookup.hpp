@@ -33,8 +33,9 @@ struct Bags {
 // Pools 16 * Blocks columns of one bag, from `column` on, in registers, and fetches the same columns
 // of later rows. Whole: all of them exist; else Blocks is 1 and `count` do.
 template <int Blocks, bool Whole, bool Scaled, Numeric Weight, class Index, Numeric Out>
-COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi,
-                                 int column, int count, float bag_scale, Out* out) {
+COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo,
+                                      std::int64_t hi, int column, int count, float bag_scale,
+                                      Out* out) {
   const Index* const indices = bags.indices;
   const Weight* const weight = bags.weight + column;
   const std::int64_t last = bags.positions_end - 1;
