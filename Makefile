@@ -22,6 +22,9 @@ help:
 	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: few rounds"
 	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
+	@echo "make soak    random operations beside the float64 reference, SOAK_MINUTES=2"
+	@echo "make faults  200 kills and as many interruptions, each resumed bit for bit"
+	@echo "make errors  write docs/errors.md anew from the tests"
 	@echo "make plots   draw the pictures of the documents anew"
 	@echo "make clean   remove build/ and .venv/"
 
@@ -97,6 +100,23 @@ $(DISTRIBUTED)/.installed: requirements-torchrec.txt $(VENV)/.requirements
 
 test-distributed: build $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed $(ARGS)
+
+# Many more kills and interruptions than the tests make: figures for docs/reliability.md.
+.PHONY: faults
+faults: build
+	COLDROW_FAULTS=200 $(BIN)/python -m pytest -s -W ignore tests/python/test_interrupts.py \
+	    tests/python/test_checkpoint_files.py -k "interrupted or killed"
+
+# docs/errors.md, from what the tests were refused.
+.PHONY: errors
+errors: build
+	COLDROW_WRITE_ERRORS=1 $(BIN)/python -m pytest tests/python/test_bad_input.py
+
+# Random operations on 20 tables beside the float64 reference; docs/reliability.md has an hour of it.
+SOAK_MINUTES ?= 2
+.PHONY: soak
+soak: build
+	$(BIN)/python tests/python/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
 # One wheel under other torch releases and Pythons: tests/torch_releases.sh says how.
 .PHONY: test-torch

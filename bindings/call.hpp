@@ -13,9 +13,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
+#include "claims.hpp"
 #include "kernels.hpp"
 #include "tensor.hpp"
 
@@ -238,7 +240,15 @@ class Scratch {
   void* reserve(std::size_t bytes) {
     if (bytes + 64 > size_) {
       memory_.reset();
-      memory_.reset(new unsigned char[bytes + bytes / 4 + 64]);
+      size_ = 0;  // should there be none
+      memory_.reset(new (std::nothrow) unsigned char[bytes + bytes / 4 + 64]);
+      if (memory_ == nullptr) {
+        PyErr_Format(PyExc_MemoryError,
+                     "workspace: no memory for %zu bytes, accepted: a batch that fits (nothing was "
+                     "written)",
+                     bytes);
+        throw nb::python_error();
+      }
       size_ = bytes + bytes / 4 + 64;
     }
     const auto p = reinterpret_cast<std::uintptr_t>(memory_.get());
@@ -258,6 +268,17 @@ struct Call {
   BatchArgs batch{};
   std::vector<Array> written;  // for the overlap check
   std::vector<Array> read;
+
+  // The tables' memory, for Claim.
+  std::vector<Claim::Range> memory() const {
+    std::vector<Claim::Range> ranges;
+    ranges.reserve(tables.size());
+    for (const TableArgs& t : tables) {
+      const auto* begin = static_cast<const char*>(t.weight);
+      ranges.push_back({begin, begin + t.rows * t.dim * (t.dtype == DType::f32 ? 4 : 2)});
+    }
+    return ranges;
+  }
 
   const Array& keep(std::vector<Array>& list, Array array) {
     list.push_back(std::move(array));
@@ -394,6 +415,33 @@ inline void check_batch(Call& call) {
   }
 }
 
+// What a module counts of a step, 0-dim int64 each. Written by the call that writes the rows: Python raises
+// KeyboardInterrupt between two of its instructions, and has then seen both or neither.
+struct Counters {
+  std::int64_t* clock = nullptr;  // steps done; must be at the one before
+  std::int64_t* nonfinite = nullptr;
+
+  static std::int64_t* take(nb::handle array, const char* name) {
+    if (array.is_none()) return nullptr;
+    const Array a = take_array(array, name, Access::write);
+    a.require_shape({}, "one number");
+    a.require_dtype("int64");
+    return static_cast<std::int64_t*>(a.data);
+  }
+  void require_before(std::int64_t step) const {
+    if (clock != nullptr && *clock + 1 != step) {
+      throw std::runtime_error("clock: is at " + std::to_string(*clock) + " where step " +
+                               std::to_string(step) +
+                               " was to come: another thread trains these tables too");
+    }
+  }
+  void count(std::int64_t step, std::int64_t skipped) const {
+    if (clock != nullptr) *clock = step;
+    if (nonfinite != nullptr) *nonfinite += skipped;
+  }
+};
+
+// The caller holds a Claim to write.
 inline std::int64_t run_update(Call& call, const Array& grad, const std::string& on_nonfinite,
                                bool check_step, bool check_only, Scratch& scratch) {
   to_step(call.batch.step);
@@ -415,6 +463,16 @@ inline std::int64_t run_update(Call& call, const Array& grad, const std::string&
               std::to_string(t.prev_iter[r.stale.row * t.prev_iter_stride]));
   }
   const TableArgs& t = call.tables[r.nonfinite.table];
+  const std::int32_t last = t.prev_iter[r.nonfinite.row * t.prev_iter_stride];
+  const auto step = static_cast<std::int32_t>(call.batch.step);
+  const float factor = kernels->factor(t.update, last, step, t.lr, call.batch.epoch_start, false);
+  if (!(factor >= 0.0f && factor <= 1.0f)) {
+    bad_value("decay: gave the factor " + std::to_string(factor) + " for row " +
+              std::to_string(r.nonfinite.row) + table_label(t) + " (" +
+              std::to_string(r.nonfinite.count) +
+              " rows are not to be updated), accepted: 0 to 1, or on_nonfinite='skip' or "
+              "'propagate'");
+  }
   bad_value("grad: the update of row " + std::to_string(r.nonfinite.row) + table_label(t) +
             " is not finite (" + std::to_string(r.nonfinite.count) +
             " such rows), accepted: finite gradients whose squares do not overflow, or "

@@ -24,12 +24,18 @@ FeatureArgs only_feature(const Call& call) {
   return {0, dim, 0, n, 0, n, 0, 0, dim};
 }
 
-std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
-                   nb::sequence state, nb::handle prev_iter, std::int64_t step, double lr,
-                   std::int64_t epoch_start, const std::string& on_nonfinite,
-                   std::uint64_t table_key, std::int64_t row_offset, std::int64_t col_offset,
-                   bool check_step, bool check_only) {
+// One step on one table, taken and checked.
+struct Step {
   Call call;
+  Array grad;
+};
+
+Step take_step(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
+               nb::sequence state, nb::handle prev_iter, std::int64_t step, double lr,
+               std::int64_t epoch_start, std::uint64_t table_key, std::int64_t row_offset,
+               std::int64_t col_offset) {
+  Step s;
+  Call& call = s.call;
   TableArgs& table = call.tables.emplace_back();
   table.key = table_key;
   table.row_offset = row_offset;
@@ -40,16 +46,60 @@ std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb:
   set_policy(table, update, lr);
   take_indices(call, indices);
   call.features.push_back(only_feature(call));
-  const Array g = take_array(grad, "grad", Access::read);
-  g.require_shape({call.batch.positions, table.dim}, "one row per index");
-  g.require_contiguous();
-  g.numeric();
-  call.read.push_back(g);
+  s.grad = take_array(grad, "grad", Access::read);
+  s.grad.require_shape({call.batch.positions, table.dim}, "one row per index");
+  s.grad.require_contiguous();
+  s.grad.numeric();
+  call.read.push_back(s.grad);
   finish(call, step, epoch_start);
   check_batch(call);
   call.check_overlap(true);
+  return s;
+}
+
+std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
+                   nb::sequence state, nb::handle prev_iter, std::int64_t step, double lr,
+                   std::int64_t epoch_start, const std::string& on_nonfinite,
+                   std::uint64_t table_key, std::int64_t row_offset, std::int64_t col_offset) {
+  Step s = take_step(update, weight, grad, indices, state, prev_iter, step, lr, epoch_start,
+                     table_key, row_offset, col_offset);
   Scratch scratch;
-  return run_update(call, g, on_nonfinite, check_step, check_only, scratch);
+  const Claim claim(s.call.memory(), true);
+  return run_update(s.call, s.grad, on_nonfinite, true, false, scratch);
+}
+
+// One step on several tables: all of it, or none. steps: (update, weight, grad, indices, state, prev_iter,
+// lr, key) each.
+std::int64_t apply_steps(nb::sequence steps, std::int64_t step, std::int64_t epoch_start,
+                         const std::string& on_nonfinite, nb::handle clock, nb::handle nonfinite) {
+  std::vector<Step> taken;
+  std::vector<Claim::Range> memory;
+  std::size_t most = 0;
+  for (nb::handle each : steps) {
+    const auto s = nb::cast<nb::sequence>(each);
+    taken.push_back(take_step(nb::cast<const Update&>(s[0]), s[1], s[2], s[3],
+                              nb::cast<nb::sequence>(s[4]), s[5], step, nb::cast<double>(s[6]),
+                              epoch_start, nb::cast<std::uint64_t>(s[7]), 0, 0));
+    const auto ranges = taken.back().call.memory();
+    memory.insert(memory.end(), ranges.begin(), ranges.end());
+    most = std::max(most, kernels->update_bytes(taken.back().call.batch));
+  }
+  const Counters counters{Counters::take(clock, "clock"),
+                          Counters::take(nonfinite, "nonfinite_rows")};
+  Scratch scratch;
+  scratch.reserve(most);  // nothing is allocated after the first row was written
+  const Claim claim(std::move(memory), true);
+  counters.require_before(step);
+  const bool scan = to_on_nonfinite(on_nonfinite) == OnNonfinite::raise;
+  for (Step& s : taken) {
+    if (scan) run_update(s.call, s.grad, on_nonfinite, false, true, scratch);
+  }
+  std::int64_t skipped = 0;
+  for (Step& s : taken) {
+    skipped += run_update(s.call, s.grad, scan ? "skip" : on_nonfinite, false, false, scratch);
+  }
+  counters.count(step, skipped);
+  return skipped;
 }
 
 void read(const Update& update, nb::handle out, nb::handle weight, nb::handle indices,
@@ -71,9 +121,32 @@ void read(const Update& update, nb::handle out, nb::handle weight, nb::handle in
   call.check_overlap(true);
   Scratch scratch;
   void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, true));
+  const Claim claim(call.memory(), false);
   nb::gil_scoped_release release;
   kernels->lookup(call.batch, true, o.data, out_type, workspace);
 }
+
+// A claim on tables while Python code works on them: with HeldTables(weights, write): ...
+class HeldTables {
+ public:
+  HeldTables(nb::sequence weights, bool write) : write_(write) {
+    for (nb::handle weight : weights) {
+      TableArgs table{};
+      Call call;
+      take_weight(call, table, weight, write ? Access::write : Access::read);
+      call.tables.push_back(table);
+      const auto range = call.memory();
+      ranges_.insert(ranges_.end(), range.begin(), range.end());
+    }
+  }
+  void enter() { claim_ = std::make_unique<Claim>(ranges_, write_); }
+  void exit() { claim_.reset(); }
+
+ private:
+  std::vector<Claim::Range> ranges_;
+  bool write_;
+  std::unique_ptr<Claim> claim_;
+};
 
 // -------------------------------------------------------------------------------------- reference
 
@@ -138,7 +211,10 @@ NB_MODULE(_core, m) {
   m.doc() = "Compiled part of coldrow. Private: use the functions and classes of `coldrow`.";
   // Caches and modules still alive at exit are no leak; the leak tests ask for the report.
   nb::set_leak_warnings(std::getenv("COLDROW_LEAK_WARNINGS") != nullptr);
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    Claim::forget_all();
+  });
 
   nb::class_<Update>(m, "Update", "The compiled form of coldrow.RowUpdate.")
       .def(
@@ -168,12 +244,21 @@ NB_MODULE(_core, m) {
 
   m.def("apply", &apply, "update"_a, "weight"_a.none(), "grad"_a.none(), "indices"_a.none(),
         "state"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a,
-        "table"_a, "row_offset"_a, "col_offset"_a, "check_step"_a, "check_only"_a,
-        "One step on one table, in place, or only its checks. Returns the number of rows skipped "
-        "as non-finite.");
+        "table"_a, "row_offset"_a, "col_offset"_a,
+        "One step on one table, in place. Returns the number of rows skipped as non-finite.");
+  m.def("apply_steps", &apply_steps, "steps"_a, "step"_a, "epoch_start"_a, "on_nonfinite"_a,
+        "clock"_a.none(), "nonfinite"_a.none(),
+        "One step on several tables, in place: all of it, or none. Returns the number of rows "
+        "skipped as non-finite.");
   m.def("read", &read, "update"_a, "out"_a.none(), "weight"_a.none(), "indices"_a.none(),
         "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a,
         "out[i] = row indices[i] as a read-charged forward before `step` sees it.");
+
+  nb::class_<HeldTables>(m, "HeldTables",
+                         "Tables that other threads' calls leave alone while this is entered.")
+      .def(nb::init<nb::sequence, bool>(), "weights"_a, "write"_a)
+      .def("__enter__", [](HeldTables& held) { held.enter(); })
+      .def("__exit__", [](HeldTables& held, nb::args) { held.exit(); });
 
   nb::class_<TableBatch>(m, "TableBatch", "Tables and features of a table-batched module.")
       .def(nb::init<std::vector<std::string>, std::vector<std::uint64_t>, std::vector<std::int32_t>,
@@ -189,7 +274,8 @@ NB_MODULE(_core, m) {
       .def("update", &TableBatch::update, "weights"_a, "states"_a, "prev_iters"_a, "updates"_a,
            "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
            "batch_sizes"_a.none(), "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a.none(),
-           "on_nonfinite"_a, "check_only"_a = false);
+           "on_nonfinite"_a, "check_only"_a = false, "clock"_a.none() = nb::none(),
+           "nonfinite"_a.none() = nb::none());
 
   m.def(
       "factor",

@@ -41,6 +41,7 @@ class TableBatch {
     const DType out_type = o.numeric();
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
+    const Claim claim(call.memory(), false);
     nb::gil_scoped_release release;
     kernels->lookup(call.batch, read, o.data, out_type, workspace);
   }
@@ -61,6 +62,7 @@ class TableBatch {
     o.require_dtype("float32");
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
+    const Claim claim(call.memory(), false);
     nb::gil_scoped_release release;
     kernels->weight_gradients(call.batch, read, g.data, grad_type, static_cast<float*>(o.data),
                               workspace);
@@ -70,7 +72,8 @@ class TableBatch {
                       nb::sequence updates, std::vector<double> lrs, nb::handle indices,
                       nb::handle offsets, nb::handle per_sample_weights, nb::handle batch_sizes,
                       const std::string& pooling, std::int64_t step, std::int64_t epoch_start,
-                      nb::handle grad, const std::string& on_nonfinite, bool check_only) {
+                      nb::handle grad, const std::string& on_nonfinite, bool check_only,
+                      nb::handle clock, nb::handle nonfinite) {
     const std::unique_lock lock(busy_, std::try_to_lock);
     if (!lock.owns_lock()) {
       throw std::runtime_error("these tables are being updated by another thread");
@@ -85,7 +88,13 @@ class TableBatch {
     require_elements(g, call);
     call.read.push_back(g);
     call.check_overlap(false);
-    return run_update(call, g, on_nonfinite, false, check_only, scratch_);
+    const Counters counters{Counters::take(clock, "clock"),
+                            Counters::take(nonfinite, "nonfinite_rows")};
+    const Claim claim(call.memory(), true);
+    counters.require_before(step);
+    const std::int64_t skipped = run_update(call, g, on_nonfinite, false, check_only, scratch_);
+    if (!check_only) counters.count(step, skipped);
+    return skipped;
   }
 
  private:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -45,15 +46,19 @@ def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         if path.endswith(".safetensors"):
             _write_safetensors(state_dict, temporary)
         else:
-            torch.save(dict(state_dict), temporary)
+            with open(temporary, "wb") as file:  # of ours, so that its errors can be told
+                torch.save(dict(state_dict), file)
         os.chmod(temporary, _mode_of(path))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
+        number = _system_error(error)
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(number, os.strerror(number), path) from error
     entry = os.open(folder, os.O_RDONLY)  # the rename itself
     try:
         os.fsync(entry)
@@ -96,6 +101,17 @@ def _write_safetensors(state_dict: Mapping[str, Any], path: str) -> None:
             f"state_dict: {error}, accepted in a .safetensors file: tensors and plain values"
         ) from None
     save_file(tensors, path, {_PLAIN: text})
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """Return the error number behind what torch or safetensors raised, if the system refused to write."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors is written in Rust
+            return int(told[1])
+        error = error.__context__
+    return None
 
 
 def _mode_of(path: str) -> int:

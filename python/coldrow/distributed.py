@@ -726,8 +726,8 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         gradients = self._bag_gradients if self.sum_gradients == "owner" else self._row_gradients
         native, rows, offsets, scales, sizes, grads = gradients(request, plan, weights, grad)
 
-        def update(mode: str, check_only: bool) -> int:
-            skipped: int = native.update(
+        def update(mode: str, check_only: bool) -> None:
+            native.update(
                 self._parameters_list,
                 self._optimizer_states,
                 self._prev_iters,
@@ -743,8 +743,9 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 grads,
                 mode,
                 check_only,
+                self._clock,
+                self._nonfinite,
             )
-            return skipped
 
         mode = self.on_nonfinite
         if mode == "raise":  # nothing is written unless every rank can
@@ -754,8 +755,8 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 error = e
             self._agree(error)
             mode = "skip"
-        self.nonfinite_rows += update(mode, False)
-        self._tick()
+        update(mode, False)
+        self._stepped()
 
     def _pairs(self, request: _Request) -> tuple[Tensor, Tensor, Tensor]:
         """Return the lookups by owner, whether each is its bag's first there, and their bags.

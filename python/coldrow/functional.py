@@ -82,6 +82,16 @@ def _checked(name: str, array: Any, *, written: bool) -> Any:
             f"{name}: is a lazily negated or conjugated view, accepted: a plain tensor "
             "(call .resolve_neg() / .resolve_conj())"
         )
+    if array.numel() > 0:
+        last = sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=True))
+        end = (array.storage_offset() + last + 1) * array.element_size()
+        if (
+            0 < array.untyped_storage().nbytes() < end
+        ):  # one of none has no address, see take_array()
+            raise ValueError(
+                f"{name}: its storage has {array.untyped_storage().nbytes()} bytes, too few for "
+                f"{list(array.shape)}, accepted: a tensor whose storage was not freed or resized"
+            )
     if written and array.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: requires grad and would be changed behind autograd's back, accepted: a tensor "
@@ -208,8 +218,6 @@ def apply_now(
         table_key(table),
         integer("row_offset", row_offset, 0, 2**62),
         integer("col_offset", col_offset, 0, 2**31),
-        True,
-        False,
     )
     bump_versions(weight, *state.values())
 
@@ -238,37 +246,24 @@ class SparseStep:
 
 
 def apply_steps(
-    steps: Sequence[SparseStep], *, step: int, epoch_start: int, on_nonfinite: str
+    steps: Sequence[SparseStep],
+    *,
+    step: int,
+    epoch_start: int,
+    on_nonfinite: str,
+    clock: Any,
+    nonfinite: Any = None,
 ) -> int:
     """Apply all parts of an optimizer step, or raise before the first is written.
 
-    Returns the number of rows skipped as non-finite.
+    One native call, so that Ctrl-C comes before all of it or after. Sets ``clock`` (0-dim int64) to ``step``
+    and adds the number of rows skipped as non-finite to ``nonfinite``; returns it.
     """
-
-    def run(mode: str, check_only: bool) -> int:
-        return sum(
-            _core.apply(
-                s.update,
-                s.weight,
-                s.grad,
-                s.indices,
-                s.state,
-                s.prev_iter,
-                step,
-                s.lr,
-                epoch_start,
-                mode,
-                s.key,
-                0,
-                0,
-                False,
-                check_only,
-            )
-            for s in steps
-        )
-
-    run(on_nonfinite, True)
-    return run("skip" if on_nonfinite == "raise" else on_nonfinite, False)
+    parts = [
+        (s.update, s.weight, s.grad, s.indices, s.state, s.prev_iter, s.lr, s.key) for s in steps
+    ]
+    skipped: int = _core.apply_steps(parts, step, epoch_start, on_nonfinite, clock, nonfinite)
+    return skipped
 
 
 def rowwise_rmsprop_ar_(

@@ -159,10 +159,13 @@ class SparseOptimizer(torch.optim.Optimizer):
                 prev_iter = state["prev_iter"]
                 steps.append(SparseStep(compiled(update), p, *rows, arrays, prev_iter, lr, key))
         self.nonfinite_rows += apply_steps(
-            steps, step=step, epoch_start=int(self._epoch_start), on_nonfinite=self.on_nonfinite
+            steps,
+            step=step,
+            epoch_start=int(self._epoch_start),
+            on_nonfinite=self.on_nonfinite,
+            clock=self._clock,
         )
         bump_versions(*(s.weight for s in steps))
-        self._clock += 1
         return loss
 
     def state_dict(self) -> dict[str, Any]:

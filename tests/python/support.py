@@ -82,11 +82,11 @@ def random_batch(rng: np.random.Generator, rows: int, bags: int, longest: int):
 # one step. One float32 operation errs by at most ROUND, relatively:
 #
 #   factor    5 roundings of numbers up to 1 (LinearClipped: lr, alpha, their product, the charge, 1
-#             minus it), so 5 of |w|, and of a factor of at least 0.1 (see DECAYS) at most 50 of it
+#             minus it), so 5 of |w|, or of the old state where it fades that, however small it is
 #   state     at most 4 beside the mean of squares (dim/16 + 6: a chain of fma in 16 lanes, their sum,
-#             the division) and the factor where it fades the state (1 + 50)
+#             the division) and the factor where it fades the state
 #   amount    what is subtracted: two states (the second under a square root), at most 10 of its own;
-#             where touches fade, their factor in both bias corrections
+#             where touches fade, both bias corrections have their error too
 #   weight    one of the result, then that of its dtype
 #
 # Amounts and moments may be differences; their errors are relative to the sums of the parts' absolute
@@ -111,8 +111,10 @@ def on_grid(x: np.ndarray, dtype: str, to_whole) -> np.ndarray:
     return to_whole(x / unit) * unit
 
 
-def within(got, low, high, what: str) -> None:
-    """Assert low <= got <= high everywhere."""
+def within(got, low, high, what: str) -> float:
+    """Assert low <= got <= high everywhere; return the largest share of the way from the middle to a
+    bound that was used (0 where there is no way).
+    """
     bad = ~((low <= got) & (got <= high))
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -120,6 +122,9 @@ def within(got, low, high, what: str) -> None:
             f"{what}{list(at)}: got {got[at]!r}, accepted {low[at]!r} to {high[at]!r} "
             f"({int(bad.sum())} of {bad.size})"
         )
+    half = (high - low) / 2
+    used = np.abs(got - (low + half))
+    return float(np.max(used / np.where(half > 0, half, np.inf), initial=0.0))
 
 
 class Table64:
@@ -159,9 +164,11 @@ def check_step(
     step: int,
     lr: float | None = None,
     epoch_start: int = 0,
-) -> None:
+) -> dict[str, float]:
     """Assert that one update from ``before`` gave ``after``: touched rows to within the roundings of a
     step, all others bit for bit. The sums of ``grad`` [n, D] by row must be exact in float32.
+
+    Returns the largest shares of the accepted error that "state" and float32 "weight" used.
     """
     rows, dim = before.weight.shape
     now = {
@@ -185,18 +192,29 @@ def check_step(
     magnitude.state = {name: np.abs(array) for name, array in before.state.items()}
     magnitude = magnitude.step(update, np.abs(sums), touched, **now)
 
-    faded = 51 if update.decay_state else 0
-    of_state = ROUND * (4 + dim / 16 + 6 + faded)
+    of_state = ROUND * (4 + dim / 16 + 6 + (1 if update.decay_state else 0))
+    relative = np.full(
+        (len(touched), 1), of_state
+    )  # the worst of a row's states, or of an element's
+    used = {"state": 0.0}
     for name, array in want.state.items():
-        error = of_state * magnitude.state[name][touched] + TINY
-        if name != "prev_iter":
-            within(after.state[name][touched], array[touched] - error, array[touched] + error, name)
+        if name == "prev_iter":
+            continue
+        size = magnitude.state[name][touched]
+        error = of_state * size + TINY
+        if update.decay_state:
+            error = error + 5 * ROUND * np.abs(before.state[name][touched])
+        got, middle = after.state[name][touched], array[touched]
+        used["state"] = max(used["state"], within(got, middle - error, middle + error, name))
+        part = error / np.where(size > 0, size, np.inf)
+        relative = np.maximum(relative, part if part.ndim == 2 else part[:, None])
 
-    error = (1.5 * of_state + ROUND * (10 + 1.5 * faded)) * -magnitude.weight[touched]
+    error = (1.5 * relative + 10 * ROUND) * -magnitude.weight[touched]
     error += ROUND * (np.abs(want.weight[touched]) + 5 * np.abs(before.weight[touched])) + TINY
     low, high = want.weight[touched] - error, want.weight[touched] + error
     if before.dtype != "float32":
         drawn = isinstance(update.rounding, coldrow.Stochastic)
         low = on_grid(low, before.dtype, np.floor if drawn else np.rint)
         high = on_grid(high, before.dtype, np.ceil if drawn else np.rint)
-    within(after.weight[touched], low, high, "weight")
+    share = within(after.weight[touched], low, high, "weight")
+    return {**used, "weight": share if before.dtype == "float32" else 0.0}

@@ -9,6 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
+import os
+import pathlib
+import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ import coldrow
 
 torch = pytest.importorskip("torch")
 
+import errors_page  # noqa: E402
 from torch import nn  # noqa: E402
 
 from coldrow.nn import Table, TableBatchedEmbeddingBags  # noqa: E402
@@ -61,8 +67,9 @@ def refused(kind, says: str, unchanged=()):
     """The body raises ``kind``, the message has the parts of ``says`` in order, nothing changes."""
     before = [bits(thing) for thing in unchanged]
     with pytest.raises(kind) as caught:
-        yield
+        yield caught
     message = str(caught.value.args[0])
+    errors_page.record(type(caught.value).__name__, message, sum(map(len, before)))
     first, *rest = says.split(" ... ")
     assert message.startswith(first)
     at = len(first)
@@ -222,10 +229,10 @@ SHARED = {
 def test_arrays_that_share_memory(library, call, names):
     arrays = make_arrays(library)
     given = arrays | SHARED[names](arrays)
-    with pytest.raises(ValueError, match="share memory") as caught:
+    with refused(ValueError, "", [*arrays.values(), *given.values()]) as caught:
         call(given)
     assert set(str(caught.value).partition(":")[0].split(" and ")) == set(names.split(" and "))
-    assert "accepted: arrays that do not overlap" in str(caught.value)
+    assert "share memory, accepted: arrays that do not overlap" in str(caught.value)
     for name, array in make_arrays(library).items():
         assert bits(arrays[name]) == bits(array)
 
@@ -515,11 +522,10 @@ SHARED_BY_ELEMENT = {
 def test_element_wise_state_that_shares_memory(library, names):
     arrays = make_adam_arrays(library)
     given = arrays | SHARED_BY_ELEMENT[names](arrays)
-    before = [bits(array) for array in (*arrays.values(), *given.values())]
-    with pytest.raises(ValueError, match="share memory, accepted: arrays that do not") as caught:
+    with refused(ValueError, "", [*arrays.values(), *given.values()]) as caught:
         call_adam(given)
+    assert "share memory, accepted: arrays that do not overlap" in str(caught.value)
     assert set(str(caught.value).partition(":")[0].split(" and ")) == set(names.split(" and "))
-    assert [bits(array) for array in (*arrays.values(), *given.values())] == before
 
 
 @pytest.mark.parametrize("name", ["touches", "momentum1", "momentum2"])
@@ -821,6 +827,22 @@ BATCHES = {
     "offsets: ends with 6 ... accepted: the number of indices, 5": (
         ValueError,
         tensor(0, 2, 3, 4, 6),
+    ),
+    "offsets: ends with 2147483653 ... accepted: the number of indices, 5": (
+        ValueError,
+        tensor(0, 2, 3, 4, 2**31 + 5),
+    ),
+    "offsets: ends with 4294967301 ... accepted: the number of indices, 5": (  # 5 in 32 bits
+        ValueError,
+        tensor(0, 2, 3, 4, 2**32 + 5),
+    ),
+    "offsets: falls to 3 at position 2 ... accepted: offsets that never decrease": (
+        ValueError,
+        tensor(0, 2**32 + 2, 3, 4, 5),
+    ),
+    "offsets: falls to -2147483646 at position 1 ... accepted: offsets that never decrease": (
+        ValueError,
+        tensor(0, 2 - 2**31, 3, 4, 5),
     ),
     "offsets: got int64[4] ... accepted: a length of 2 features * batch + 1": (
         ValueError,
@@ -1332,3 +1354,159 @@ def test_optimizer_state_that_does_not_fit(trained, name, bad):
     says = f"state {name}: got {bad.dtype} {list(bad.shape)} ... accepted: ... [6]"
     with refused(ValueError, says, unchanged=[optimizer]):
         optimizer.load_state_dict(saved)
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+RESIZED = {
+    0: "has no memory behind it ... accepted: an array",
+    8: "its storage has 8 bytes ... accepted: a tensor whose storage was not freed or resized",
+}
+
+
+@both_calls
+@pytest.mark.parametrize("size", RESIZED)
+@pytest.mark.parametrize("name", ["weight", "grad", "indices", "momentum1", "prev_iter"])
+def test_tensor_whose_storage_was_resized(call, name, size):
+    arrays = make_arrays("torch")
+    given = arrays | {name: arrays[name].clone()}
+    given[name].untyped_storage().resize_(size)
+    others = [array for key, array in given.items() if key != name]
+    says = f"{name}: {RESIZED[size]}" if size else f"{name}: "
+    with refused(ValueError, says, unchanged=[*arrays.values(), *others]):
+        call(given)
+
+
+@fused_or_not
+def test_module_whose_table_was_freed(fused):
+    emb = make_module(fused=fused)
+    storage = emb.weights["item"].untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    others = [emb.weights["user"], *emb.state["user"].values(), *emb.state["item"].values()]
+    with refused(ValueError, "weight: has no memory behind it ... accepted", unchanged=others):
+        forward(emb)
+    storage.resize_(size)
+    emb.weights["item"].data.zero_()
+    assert torch.isfinite(forward(emb)).all()  # and the module goes on
+
+
+@both_libraries
+def test_arrays_whose_owner_is_gone_are_accepted(library):
+    """A view keeps its memory alive, whatever became of the names it had."""
+    arrays, same = make_arrays(library), make_arrays(library)
+    given = {name: array[:] for name, array in arrays.items()}
+    del arrays
+    gc.collect()
+    call_apply(given)
+    call_apply(same)
+    for name, array in same.items():
+        assert bits(given[name]) == bits(array)
+
+
+@both_calls
+@pytest.mark.parametrize("name", ["weight", "momentum1", "prev_iter"])
+def test_memory_mapped_for_reading(call, name, tmp_path):
+    arrays = make_arrays()
+    file = tmp_path / "array"
+    arrays[name].tofile(file)
+    mapped = np.memmap(file, arrays[name].dtype, "r", shape=arrays[name].shape)
+    says = f"{name}: is read-only ... accepted: a writable array"
+    with refused(ValueError, says, unchanged=[*arrays.values(), mapped]):
+        call(arrays | {name: mapped})
+    assert file.read_bytes() == arrays[name].tobytes()
+
+
+@contextlib.contextmanager
+def short_of_memory(spare: int):
+    """No more than ``spare`` bytes of address space beyond what the process has."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("where", ["function", "module"])
+def test_no_memory_for_the_workspace(where):
+    many = 4_000_000
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if where == "function":
+            arrays = make_arrays() | {
+                "grad": np.ones((many, DIM), np.float32),
+                "indices": np.zeros(many, np.int32),
+            }
+            unchanged = [arrays[name] for name in ("weight", "momentum1", "prev_iter")]
+            call, after, rest = (lambda: call_apply(arrays)), call_apply, make_arrays()
+        else:
+            emb = make_module(pooling="sum")  # its workspace is kept, and is small
+            zeros = torch.zeros(2 * many, dtype=torch.int32)
+            offsets = torch.tensor([0, many, many, many, 2 * many], dtype=torch.int32)
+            out = emb(zeros, offsets)
+            unchanged = [emb]
+            call, after, rest = (lambda: out.sum().backward()), forward, emb
+        says = "workspace: no memory for ... bytes ... accepted: a batch that fits"
+        with refused(MemoryError, says, unchanged=unchanged), short_of_memory(48 << 20):
+            call()
+        after(rest)  # a smaller one still goes
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------- own policies
+
+NO_FACTORS = {
+    '__builtin_nanf("")': "nan",
+    "__builtin_inff()": "inf",
+    "-0.25f": "-0.250000",
+    "1.5f": "1.500000",
+}
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("gives", NO_FACTORS)
+def test_decay_that_gives_no_factor(gives):
+    source = (
+        "struct Own { COLDROW_HD float operator()(std::int32_t gap, float) const { "
+        f"return gap == 1 ? 1.0f : {gives}; }} }};"
+    )
+    update = coldrow.RowUpdate(coldrow.SGD(lr=0.1), coldrow.jit.decay("Own", source))
+    arrays = make_arrays()
+    state = {"prev_iter": arrays.pop("prev_iter")}
+    del arrays["momentum1"]
+    says = f"decay: gave the factor {NO_FACTORS[gives]} for row 1 ... accepted: 0 to 1"
+    with refused(ValueError, says, unchanged=[*arrays.values(), *state.values()]):
+        coldrow.apply_(update, **arrays, state=state, step=7)
+
+    emb = TableBatchedEmbeddingBags(
+        [Table("user", 6, 4), Table("item", 5, 2)], update, on_nonfinite="raise"
+    )
+    forward(emb).sum().backward()
+    emb.clock += 1
+    out = forward(emb)
+    says = f"decay: gave the factor {NO_FACTORS[gives]} for row 1 of table 'user' ... accepted"
+    with refused(ValueError, says, unchanged=[emb]):
+        out.sum().backward()
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def test_errors_page_is_what_was_said(request):
+    """docs/errors.md, word for word, in the pinned environment; ``make errors`` writes it."""
+    options = request.config.option
+    pinned = (errors_page.ROOT / "constraints.txt").read_text()
+    if f"torch=={torch.__version__.partition('+')[0]}\n" not in pinned:
+        pytest.skip("messages quote torch's reprs; the page is that of the pinned release")
+    if options.keyword or options.markexpr or any("::" in arg for arg in request.config.args):
+        pytest.skip("not all tests ran")
+    text = errors_page.render()
+    if os.environ.get("COLDROW_WRITE_ERRORS"):
+        errors_page.PAGE.write_text(text)
+    assert errors_page.PAGE.read_text() == text, "docs/errors.md is stale: make errors"

@@ -1,5 +1,10 @@
 """The same bits for any number of threads, any instruction-set build, and any run."""
 
+import hashlib
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +78,25 @@ def test_threads_and_builds(dtype, rounding, pooling):
             other = train(dtype, rounding, pooling, build=build, threads=threads)
             for a, b in zip(base, other, strict=True):
                 assert torch.equal(a, b), (build, threads)
+
+
+def test_another_process():
+    """A run of its own, with other addresses and hash seeds, gives the same bits."""
+
+    def digest():
+        parts = train(torch.bfloat16, coldrow.Stochastic(1), "sum", build=BEST, threads=2)
+        return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
+
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_determinism import *\n"
+        "parts = train(torch.bfloat16, coldrow.Stochastic(1), 'sum', build=BEST, threads=2)\n"
+        "print(hashlib.sha256(b''.join(p.numpy().tobytes() for p in parts)).hexdigest())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert other == digest()
 
 
 def test_several_threads_are_really_used():

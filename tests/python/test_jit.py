@@ -296,25 +296,43 @@ def test_module_and_optimizer(charge, fused):
     assert same_bits([x.contiguous() for x in mine], [x.contiguous() for x in theirs])
 
 
-def test_non_finite_policies_leave_rows_alone():
-    nan = "struct Bad { COLDROW_HD float operator()(std::int32_t, float) const { return 0.0f / 0.0f; } };"
-    one_nan = ADAGRAD.replace("return row", "if (g == 7.0f) return 0.0f / 0.0f; return row")
-    for update in (
-        coldrow.RowUpdate(decay=decay("Bad", nan)),
-        coldrow.RowUpdate(optimizer("Copy", one_nan)),
-    ):
-        weight = np.ones((2, 40), np.float32)
-        state = coldrow.init_state(update, 2, 40, weight)
-        grad = np.ones((2, 40), np.float32)
-        grad[0, 39] = 7.0  # behind columns that are fine
-        before = [weight.copy(), *(s.copy() for s in state.values())]
-        with pytest.raises(ValueError, match="row 0 is not finite"):
-            coldrow.apply_(update, weight, grad, np.array([0, 1]), state, step=1)
-        for x, y in zip(before, [weight, *state.values()], strict=True):
-            np.testing.assert_array_equal(x, y)
-        coldrow.apply_(update, weight, grad, np.array([0, 1]), state, step=1, on_nonfinite="skip")
-        assert (weight[0] == 1).all()
-        assert state["prev_iter"][0] == 0
+CONSTANT = (
+    "struct Bad {{ COLDROW_HD float operator()(std::int32_t, float) const {{ return {}; }} }};"
+)
+NO_FACTOR = {
+    "0.0f / 0.0f": r"decay: gave the factor -?nan for row 0 \(2 rows",
+    "1.0f / 0.0f": r"decay: gave the factor inf for row 0 \(2 rows",
+    "-0.25f": r"decay: gave the factor -0.25.* for row 0 \(2 rows",
+    "1.5f": r"decay: gave the factor 1.5.* for row 0 \(2 rows",
+    None: "grad: the update of row 0 is not finite",  # an optimizer, for one element
+}
+
+
+@pytest.mark.parametrize("gives", NO_FACTOR)
+def test_policies_that_give_no_number_to_work_with_leave_rows_alone(gives):
+    """A decay gives a factor in [0, 1]; all else is treated as a gradient that is not finite is."""
+    if gives is not None:
+        update = coldrow.RowUpdate(decay=decay("Bad", CONSTANT.format(gives)))
+    else:
+        one_nan = ADAGRAD.replace("return row", "if (g == 7.0f) return 0.0f / 0.0f; return row")
+        update = coldrow.RowUpdate(optimizer("Copy", one_nan))
+    weight = np.ones((2, 40), np.float32)
+    state = coldrow.init_state(update, 2, 40, weight)
+    grad = np.ones((2, 40), np.float32)
+    grad[0, 39] = 7.0  # behind columns that are fine
+    before = [weight.copy(), *(s.copy() for s in state.values())]
+    with pytest.raises(ValueError, match=NO_FACTOR[gives]):
+        coldrow.apply_(update, weight, grad, np.array([0, 1]), state, step=1)
+    for x, y in zip(before, [weight, *state.values()], strict=True):
+        np.testing.assert_array_equal(x, y)
+    coldrow.apply_(update, weight, grad, np.array([0, 1]), state, step=1, on_nonfinite="skip")
+    assert (weight[0] == 1).all()
+    assert state["prev_iter"][0] == 0
+    if gives is not None:
+        coldrow.apply_(
+            update, weight, grad, np.array([0, 1]), state, step=1, on_nonfinite="propagate"
+        )
+        assert (state["prev_iter"] == 1).all()
 
 
 KERNEL = """

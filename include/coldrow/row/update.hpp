@@ -33,7 +33,7 @@ struct Row {
 };
 
 // What to do with a row whose gradient is not finite, judged on the new state (so that a finite
-// gradient whose square overflows counts), or whose policy returned NaN.
+// gradient whose square overflows counts), or whose decay is no factor in [0, 1].
 enum class OnNonfinite : std::int32_t { skip, propagate };
 
 // Steps since the last touch as of `step`. (It would be below zero only if somebody wrote prev_iter
@@ -228,7 +228,8 @@ struct RowUpdate {
 
     const float shrink = touch_factor(decay, step, prev_iter, lr);
     const float shrink_state = decay_state ? shrink : 1.0f;
-    bool finite = is_finite(mean_square) && is_finite(shrink);
+    // (A factor that is NaN is not in [0, 1] either.)
+    bool finite = is_finite(mean_square) && shrink >= 0.0f && shrink <= 1.0f;
     for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] *= shrink_state;
     const RowStep row_step = optimizer.row(scalars, mean_square, lr, step);
     finite = finite && row_step.finite();

@@ -176,6 +176,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         ]
         # What a step writes and autograd should hear of. (Inference tensors have no versions.)
         written = [*self._parameters_list, *(m for s in self._state for m in s.memory)]
+        written += [self._clock, self._nonfinite]
         self._written = [t for t in written if not t.is_inference()]
         self._generation += 1
         self._spec = ops.spec_of(self)
@@ -575,7 +576,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         if scale != 1.0:
             grad = grad.float() / scale
         step = self._next_step()
-        skipped = self._native.update(
+        self._native.update(  # counts too
             self._parameters_list,
             self._optimizer_states,
             self._prev_iters,
@@ -590,13 +591,14 @@ class TableBatchedEmbeddingBags(nn.Module):
             self.epoch_start,
             grad,
             self.on_nonfinite,
+            False,
+            self._clock,
+            self._nonfinite,
         )
-        if skipped:
-            self._nonfinite.add_(skipped)
-        self._tick()
+        self._stepped()
 
-    def _tick(self) -> None:
-        self._clock.add_(1)
+    def _stepped(self) -> None:
+        """What remains to be said after a step; the kernels have set the clock."""
         if not self._epoch_checked:
             self._epoch_checked = True
             if self.epoch_start == 0 and any(is_epoch_aware(u) for u in self._updates):
@@ -649,12 +651,21 @@ class TableBatchedEmbeddingBags(nn.Module):
                         self._keys[i],
                     )
                 )
-        self._nonfinite += apply_steps(
-            steps, step=step, epoch_start=epoch_start, on_nonfinite=self.on_nonfinite
+        apply_steps(
+            steps,
+            step=step,
+            epoch_start=epoch_start,
+            on_nonfinite=self.on_nonfinite,
+            clock=self._clock,
+            nonfinite=self._nonfinite,
         )
-        self._tick()
+        self._stepped()
 
     # ------------------------------------------------------------------------------ rows and state
+
+    def _held(self, *, write: bool) -> _core.HeldTables:
+        """Return a context in which no other thread's call writes the tables, or reads them either."""
+        return _core.HeldTables(self._parameters_list, write)
 
     def _index_of(self, name: str) -> int:
         for i, table in enumerate(self.tables):
@@ -708,7 +719,8 @@ class TableBatchedEmbeddingBags(nn.Module):
             rows.numel(), self.tables[t].dim, dtype=self.output_dtype, device=self._device
         )
         if self.charge == "touch":
-            return out.copy_(self._parameters_list[t].detach().index_select(0, rows))
+            with self._held(write=False):
+                return out.copy_(self._parameters_list[t].detach().index_select(0, rows))
         _core.read(
             self._compiled[t],
             out,
@@ -747,10 +759,11 @@ class TableBatchedEmbeddingBags(nn.Module):
         weight = self._parameters_list[t].detach()
         fresh = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
         self.tables[t].fill(fresh)
-        weight[rows] = fresh
-        for view in self._state_views[name].values():
-            view[rows] = 0
-        self._generation += 1
+        with self._held(write=True):
+            weight[rows] = fresh
+            for view in self._state_views[name].values():
+                view[rows] = 0
+            self._generation += 1
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state of all tables (weights not counted)."""

@@ -203,7 +203,7 @@ def _update(
     plan = _plan(spec)
     scale = number("grad_scale", grad_scale, low_open=True)
     prev_iters, states = plan.state(weights, memory)
-    skipped = plan.native.update(
+    plan.native.update(
         weights,
         states,
         prev_iters,
@@ -218,10 +218,11 @@ def _update(
         int(epoch_start),
         (grad if scale == 1.0 else grad.float() / scale).contiguous(),
         plan.on_nonfinite,
+        False,
+        clock,
+        nonfinite,
     )
-    bump_versions(*weights, *memory)
-    nonfinite += skipped
-    clock += 1
+    bump_versions(*weights, *memory, clock, nonfinite)
 
 
 @_register_fake("coldrow::update_")

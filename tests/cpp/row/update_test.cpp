@@ -182,6 +182,12 @@ TEST(RowUpdate, GapsAndFactors) {
 struct NanDecay {
   COLDROW_HD float operator()(std::int32_t, float) const { return kNanf; }
 };
+struct GrowingDecay {
+  COLDROW_HD float operator()(std::int32_t, float) const { return 1.0f + 0x1p-23f; }
+};
+struct NegativeDecay {
+  COLDROW_HD float operator()(std::int32_t, float) const { return -0x1p-149f; }
+};
 
 template <class Decay>
 void expect_refused(const std::vector<float>& grad, float momentum1 = 1.0f) {
@@ -212,6 +218,8 @@ TEST(RowUpdate, NonfiniteRowsAreSkippedOrPropagated) {
       expect_refused<NoDecay>(grad);
     }
     expect_refused<NanDecay>(std::vector<float>(dim, 0.25f));
+    expect_refused<GrowingDecay>(std::vector<float>(dim, 0.25f));
+    expect_refused<NegativeDecay>(std::vector<float>(dim, 0.25f));
     expect_refused<NoDecay>(std::vector<float>(dim, 0.25f), kNanf);
     expect_refused<NoDecay>(std::vector<float>(dim, 0.25f), kInff);
   }
