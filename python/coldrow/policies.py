@@ -46,6 +46,12 @@ _SMALLEST_FLOAT32 = 1.17549435e-38  # the smallest normal one
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
+def item(value: Any) -> Any:
+    """Return the number in a 0-dim array, or ``value``. (torch raises RuntimeError where there is none.)"""
+    is_array = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_array else value
+
+
 def number(
     name: str,
     value: Any,
@@ -59,11 +65,10 @@ def number(
         f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
     )
     error = f"{name}: got {value!r}, accepted: {bounds}"
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
-        value = value.item()
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError(error)
     try:
+        value = item(value)
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError(error)
         x = float(value)
     except OverflowError:
         raise ValueError(error) from None
