@@ -163,6 +163,23 @@ def test_decay_without_bounds(decay, want):
         assert np.isfinite(state["momentum1"]).all()
 
 
+@pytest.mark.parametrize("touches", [-1.0, -5.0, -1e30, 3e38, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kind", [coldrow.Adam, coldrow.PartialRowwiseAdam])
+def test_spoiled_touches_count_as_not_finite(kind, touches):
+    """Somebody wrote over the state: no row is trained by a bias correction that means nothing."""
+    update = coldrow.RowUpdate(kind(bias_correction="row"))
+    weight = np.ones((2, 3), np.float32)
+    state = coldrow.init_state(update, 2, 3, like=weight)
+    state["touches"][0] = touches
+    grad, indices = np.ones((2, 3), np.float32), np.array([0, 1])
+    coldrow.apply_(update, weight, grad, indices, state, step=1, on_nonfinite="skip")
+    assert np.isfinite(weight).all()
+    assert (weight[1] != 1.0).all()
+    if touches != 3e38:  # so many touches are as good as any
+        np.testing.assert_array_equal(weight[0], 1.0)
+        assert state["prev_iter"].tolist() == [0, 1]
+
+
 # ------------------------------------------------------------------------- the smallest tables, and none
 
 

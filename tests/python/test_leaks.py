@@ -87,6 +87,8 @@ CALLS = {
     "threads": _core.threads,
     "builds": _core.builds,
     "build": _core.build,
+    "advise_huge_pages": lambda: _core.advise_huge_pages(w[1]),
+    "advise_huge_pages, refused": refused(lambda: _core.advise_huge_pages(1)),
     "use_build": lambda: _core.use_build(_core.build()),
     "use_build, refused": refused(lambda: _core.use_build("none")),
 }
@@ -160,7 +162,7 @@ print("no growth in", len(CALLS), "calls")
     )
     if planted == "none":
         assert result.returncode == 0, result.stderr
-        assert "no growth in 29 calls" in result.stdout
+        assert "no growth in 31 calls" in result.stdout
     else:
         assert "factor: " in result.stderr
         assert result.returncode == 1
