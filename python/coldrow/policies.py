@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -459,11 +460,16 @@ class Stochastic(Rounding):
 
     def __post_init__(self) -> None:
         error = f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1"
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
-            raise TypeError(error)
-        if not 0 <= self.seed < 2**64:
+        try:
+            seed = item(self.seed)
+            if isinstance(seed, bool):
+                raise TypeError(error)
+            seed = operator.index(seed)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(error) from None
+        if not 0 <= seed < 2**64:
             raise ValueError(error)
-        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "seed", seed)
 
     def _native(self) -> dict[str, Any]:
         return {"rounding": "stochastic", "seed": self.seed}

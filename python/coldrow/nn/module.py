@@ -101,7 +101,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         one_of("validate", validate, ("deferred", "sync"))
         one_of("state_layout", state_layout, ("record", "split"))
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"device: got {device!r}, accepted: 'cpu'") from None
         if device.type != "cpu":
             raise ValueError(
                 f"device: got {str(device)!r}, accepted: 'cpu' (this build has no CUDA support, see "
