@@ -111,8 +111,7 @@ $(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
 	    -C cmake.define.COLDROW_SANITIZE=address,undefined,float-cast-overflow .
 	@touch $@
 
-SANITIZED_TESTS ?= $(addprefix tests/python/test_,$(addsuffix .py,bad_input decay determinism edges \
-    embedding golden leaks module optim optimizers properties read_charging rounding rubbish traps))
+SANITIZED_TESTS ?= $(addprefix tests/python/test_,$(addsuffix .py,bad_input edges rubbish traps))
 sanitize-python: $(SANITIZE)/venv/.installed
 	@echo "sanitize-python: address,undefined,float-cast-overflow"
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \

@@ -215,7 +215,8 @@ class _Adam(Optimizer):
         self._check("beta1", high=_BELOW_ONE)
         self._check("beta2", high=_BELOW_ONE)
         self._check("eps", low=_SMALLEST_FLOAT32)
-        if self.bias_correction not in ("clock", "row"):
+        given = self.bias_correction
+        if not isinstance(given, str) or given not in ("clock", "row"):
             raise ValueError(
                 f"bias_correction: got {self.bias_correction!r}, accepted: 'clock', 'row'"
             )
