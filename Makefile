@@ -16,9 +16,12 @@ help:
 	@echo "make test-distributed   2 and 4 processes against one, with TorchRec where it can be installed"
 	@echo "make test-fbgemm  coldrow.compat.fbgemm beside FBGEMM (its own environment)"
 	@echo "make test-torch  one wheel under other torch releases and Pythons (gigabytes)"
+	@echo "make test-gpu  what needs a GPU, with nvcc and a torch that are there (no network)"
+	@echo "make sanitize  the C++ and Python tests under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make fuzz    FUZZ_SECONDS (default 60) of libFuzzer and Hypothesis; needs clang with libFuzzer"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: 3 minutes"
+	@echo "make bench   time coldrow against FBGEMM and torch (FBGEMM's environment); ARGS=--quick: few rounds"
 	@echo "make bench-curves  time and memory over rows and over indices (9 GB)"
 	@echo "make docs    build the site in build/docs, warnings are errors, and test it"
 	@echo "make soak    random operations beside the float64 reference, SOAK_MINUTES=2"
@@ -86,6 +89,53 @@ test-cpp: build
 	  echo "C++ tests NOT run: GoogleTest is not installed. Get it: apt-get install libgtest-dev"; \
 	fi
 
+# Under sanitizers, each in a folder of its own. `threads` are the parallel drivers.
+.PHONY: sanitize sanitize-cpp sanitize-threads sanitize-python sanitize-leaks
+sanitize: sanitize-cpp sanitize-threads sanitize-python sanitize-leaks
+SANITIZE := $(CURDIR)/build/sanitize-python
+sanitize-cpp: FLAGS := address,undefined,float-cast-overflow
+sanitize-threads: FLAGS := thread
+sanitize-cpp sanitize-threads: $(VENV)/.requirements
+	@set -e; export PATH="$(BIN):$$PATH"; dir=build/$@; mkdir -p $$dir; \
+	$(CMAKE) -S . -B $$dir -G Ninja -DCOLDROW_PYTHON=OFF -DCOLDROW_TESTS=ON -DCOLDROW_FUZZ=ON \
+	    -DCOLDROW_SANITIZE=$(FLAGS) >$$dir/configure.log || { cat $$dir/configure.log; exit 1; }; \
+	$(CMAKE) --build $$dir; \
+	ctest --test-dir $$dir --output-on-failure -j $$(nproc) --quiet -O $$dir/ctest.log \
+	  || { cat $$dir/ctest.log; exit 1; }; \
+	echo "$@: $(FLAGS)"; grep -E '^[0-9]+% tests passed|^Total Test time' $$dir/ctest.log
+
+# The module under AddressSanitizer and UBSan, in an environment on top of .venv. What Python and torch
+# keep at exit is not looked at: leaks of the binding are tests/python/test_leaks.py's.
+$(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
+	$(PYTHON) -m venv --clear $(SANITIZE)/venv
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	    > $$(echo $(SANITIZE)/venv/lib/python3*/site-packages)/below.pth
+	PATH="$(BIN):$$PATH" $(SANITIZE)/venv/bin/python -m pip install -q --no-build-isolation --no-deps \
+	    --ignore-installed -C build-dir=build/sanitize-python/wheel \
+	    -C cmake.define.COLDROW_SANITIZE=address,undefined,float-cast-overflow .
+	@touch $@
+
+SANITIZED_TESTS ?= $(addprefix tests/python/test_,$(addsuffix .py,bad_input edges rubbish traps))
+sanitize-python: $(SANITIZE)/venv/.installed
+	@echo "sanitize-python: address,undefined,float-cast-overflow"
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 COLDROW_FUZZ_EXAMPLES=20 PYTHONMALLOC=malloc \
+	    $(SANITIZE)/venv/bin/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+
+sanitize-leaks: build
+	COLDROW_LEAK_CALLS=100000 $(BIN)/python -m pytest tests/python/test_leaks.py $(ARGS)
+
+FUZZ_SECONDS ?= 60
+.PHONY: fuzz
+fuzz: build
+	@set -e; export PATH="$(BIN):$$PATH"; mkdir -p build/fuzz; \
+	$(CMAKE) -S . -B build/fuzz -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DCOLDROW_PYTHON=OFF \
+	    -DCOLDROW_FUZZ=ON -DCOLDROW_SANITIZE=address,undefined,float-cast-overflow \
+	    >build/fuzz/configure.log || { cat build/fuzz/configure.log; exit 1; }; \
+	$(CMAKE) --build build/fuzz; \
+	tests/fuzz/run.sh build/fuzz $(FUZZ_SECONDS) $(BIN)/python
+
 # TorchRec lives in an environment of its own, on top of .venv (its torch and coldrow are seen through a
 # .pth file). --no-deps: its requirements name another build of FBGEMM. Where it cannot be had, the tests
 # without it still run, unless COLDROW_REQUIRE_TORCHREC is set (as CI does).
@@ -121,6 +171,10 @@ soak: build
 .PHONY: test-torch
 test-torch: build
 	tests/torch_releases.sh $(ARGS)
+
+.PHONY: test-gpu
+test-gpu:
+	tests/gpu.sh
 
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.hpp' '*.cpp' '*.cu' '*.cuh')
 

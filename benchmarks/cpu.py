@@ -44,15 +44,15 @@ def preload_libc10() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds: under three minutes")
+    parser.add_argument("--quick", action="store_true", help="few rounds")
     parser.add_argument("--json", type=Path, help="write every sample and ratio to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to the floor, .svg or .png")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "fp16", "bf16"),
                         default=["fp32", "fp16", "bf16"])  # fmt: skip
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--repeats", type=int, help="rounds (30; quick: 7)")
-    parser.add_argument("--batches", type=int, help="batches taken in rotation (8; quick: 3)")
+    parser.add_argument("--repeats", type=int, help="rounds (30; quick: 5)")
+    parser.add_argument("--batches", type=int, help="batches taken in rotation (8; quick: 2)")
     parser.add_argument("--only", default="", help="contestants whose name matches this pattern")
     parser.add_argument(
         "--rounding", choices=("nearest", "stochastic"), default="nearest",
@@ -63,8 +63,8 @@ def arguments() -> argparse.Namespace:
         help="empty the caches before each step, or before its backward too",
     )  # fmt: skip
     args = parser.parse_args()
-    args.repeats = args.repeats or (7 if args.quick else 30)
-    args.batches = args.batches or (3 if args.quick else 8)
+    args.repeats = args.repeats or (5 if args.quick else 30)
+    args.batches = args.batches or (2 if args.quick else 8)
     return args
 
 

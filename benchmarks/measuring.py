@@ -132,7 +132,8 @@ def warm_up(
         if not moved[seen].all() or moved[unseen].any() or not after.isfinite().all():
             raise SystemExit(f"{contestant.name}: wrong rows changed on {work.name}")
     compare_with_floor(contestants, last)
-    say_whether_compiled([c for c in contestants if isinstance(c, Fbgemm)], notes)
+    if work.pooled:  # without pooling there is no such path
+        say_whether_compiled([c for c in contestants if isinstance(c, Fbgemm)], notes)
 
 
 # Bytes of code made at run time, by contestant and phase, in the life of this process.

@@ -96,3 +96,12 @@ WORKLOADS = {
 }
 # The five over which means are taken.
 POOLED = tuple(name for name, workload in WORKLOADS.items() if workload.pooled)
+
+# Two that fill a large GPU, for gpu.py.
+LARGE = {
+    workload.name: workload
+    for workload in (
+        Workload("G1u", rows=(10_000_000,), dim=128, batch=65_536, bag=20, zipf=None),
+        Workload("G1z", rows=(10_000_000,), dim=128, batch=65_536, bag=20, zipf=1.05),
+    )
+}

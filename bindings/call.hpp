@@ -307,8 +307,8 @@ inline void take_weight(Call& call, TableArgs& table, nb::handle weight, Access 
   a.require_shape({-1, -1}, "rows, dim");
   a.require_contiguous();
   table.dtype = a.numeric();
-  if (a.shape[1] < 1 || a.shape[1] > INT_MAX / 2) {
-    bad_value("weight: got " + a.describe() + ", accepted: dim of at least 1");
+  if (a.shape[1] < 1 || a.shape[1] > (1 << 30)) {
+    bad_value("weight: got " + a.describe() + ", accepted: dim of at least 1 and at most 2**30");
   }
   table.weight = a.data;
   table.rows = a.shape[0];
@@ -409,8 +409,9 @@ inline void check_batch(Call& call) {
                 " (the last offset is the end of the last bag)");
     case Problem::index_range: {
       const TableArgs& table = call.tables[call.features[p.feature].table];
-      bad_index("indices: got " + got + at + table_label(table) + ", accepted: 0 to " +
-                std::to_string(table.rows - 1));
+      bad_index("indices: got " + got + at + table_label(table) + ", accepted: " +
+                (table.rows == 0 ? "none (the table has no rows)"
+                                 : "0 to " + std::to_string(table.rows - 1)));
     }
   }
 }

@@ -128,13 +128,15 @@ void for_bags(const BatchArgs& b, bool read, float* read_scale, const FeatureArg
                              table.lr, b.epoch_start);
   const Strided<const std::int32_t> prev_iter{table.prev_iter, table.prev_iter_stride};
   // A few hundred indices at a time: their scales stay in the first-level cache.
-  const std::int64_t end = bags.end;
+  const std::int64_t end = bags.end, last = bags.first(end);
   while (bags.begin < end) {
     const std::int64_t lo = bags.first(bags.begin);
     bags.end = bags.begin + 1;
     while (bags.end < end && bags.first(bags.end + 1) - lo <= 512) ++bags.end;
-    host::read_scales(decay, b.step, static_cast<float>(table.lr), prev_iter, indices, lo,
-                      bags.first(bags.end), b.per_sample_weights, read_scale);
+    decay.visit([&](const auto& d) {
+      host::read_scales(d, b.step, static_cast<float>(table.lr), prev_iter, indices, lo,
+                        bags.first(bags.end), b.per_sample_weights, read_scale, last);
+    });
     f(bags);
     bags.begin = bags.end;
   }

@@ -140,6 +140,9 @@ class TableBatch {
                                .c_str());
     }
     const std::int64_t bags = o.shape[0] - 1;
+    if (bags > INT_MAX) {
+      bad_value("offsets: got " + o.describe() + ", accepted: at most 2**31 - 1 bags in one batch");
+    }
     const auto num_features = static_cast<std::int64_t>(feature_tables_.size());
     call.batch.offsets = o.data;
     call.batch.bags = bags;
@@ -157,7 +160,10 @@ class TableBatch {
       sizes = nb::cast<std::vector<std::int64_t>>(batch_sizes);
       std::int64_t sum = 0;
       for (const std::int64_t b : sizes) {
-        if (b < 0) bad_value("batch_sizes: got " + std::to_string(b) + ", accepted: sizes >= 0");
+        if (b < 0 || b > bags) {  // (larger ones could add up to anything)
+          bad_value("batch_sizes: got " + std::to_string(b) + ", accepted: 0 to " +
+                    std::to_string(bags) + ", the number of bags");
+        }
         sum += b;
       }
       if (static_cast<std::int64_t>(sizes.size()) != num_features || sum != bags) {

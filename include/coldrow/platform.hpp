@@ -31,10 +31,11 @@
 #endif
 
 // A function of a few instructions that must not become a call (vectors would go through memory).
+#define COLDROW_HOST_INLINE inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define COLDROW_INLINE COLDROW_HD
 #else
-#define COLDROW_INLINE inline __attribute__((always_inline))
+#define COLDROW_INLINE COLDROW_HOST_INLINE
 #endif
 
 // Before a loop over the values of a block. It keeps gcc from unrolling the loop before its

@@ -34,6 +34,7 @@ struct Decay {
                          1.0 - std::fmin(1.0, lr * alpha * static_cast<double>(gap)));
       case DecayKind::cumulative_linear: {
         double product = 1.0;
+        if (alpha == 0.0) return product;  // and not 2^31 times 1
         for (std::int64_t j = 1; j < gap && product > 1e-300; ++j) {
           product *= 1.0 - std::fmin(1.0, alpha * static_cast<double>(j));
         }

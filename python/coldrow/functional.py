@@ -20,12 +20,15 @@ from coldrow.policies import (
     RowUpdate,
     RowwiseRMSprop,
     compiled,
+    item,
     number,
 )
 
 __all__ = ["apply_", "init_state", "read_", "rowwise_rmsprop_ar_", "table_key"]
 
 LAST_STEP = 2**31 - 1
+MAX_DIM = 2**30
+MAX_ELEMENTS = 2**60  # of a table: beyond them bytes do not count in 64 bits
 ON_NONFINITE = ("skip", "raise", "propagate")
 
 
@@ -40,12 +43,11 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return ``value`` as an int in [low, high], or raise naming the argument."""
     error = f"{name}: got {value!r}, accepted: an integer from {low} to {high}"
     try:
-        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
-            value = value.item()
+        value = item(value)
         if isinstance(value, bool):
             raise TypeError(error)
         whole = value.__index__()
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         raise TypeError(error) from None
     if not low <= whole <= high:
         raise ValueError(error)
@@ -54,9 +56,18 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 def one_of(name: str, given: Any, accepted: Sequence[Any]) -> Any:
     """Return ``given``, or raise unless it is among ``accepted``."""
-    if given not in accepted:
+    # (By type first: an array would compare element by element.)
+    if not any(isinstance(given, type(a)) and given == a for a in accepted):
         raise ValueError(f"{name}: got {given!r}, accepted: {', '.join(map(repr, accepted))}")
     return given
+
+
+def listed(name: str, given: Any, accepted: str) -> list[Any]:
+    """Return the items of ``given``, or raise where it has none."""
+    try:
+        return list(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {given!r}, accepted: {accepted}") from None
 
 
 def _torch_tensor(array: Any) -> Any:
@@ -393,8 +404,8 @@ def init_state(update: RowUpdate, num_rows: int, dim: int, like: Any) -> dict[st
         ``{"prev_iter": int32 [num_rows], ...}`` with the optimizer's state, float32 ``[num_rows]``, or
         ``[num_rows, dim]`` where element-wise: ``momentum1`` for RowwiseRMSprop.
     """
-    num_rows = integer("num_rows", num_rows, 0, 2**62)
-    dim = integer("dim", dim, 1, 2**31 - 1)
+    dim = integer("dim", dim, 1, MAX_DIM)
+    num_rows = integer("num_rows", num_rows, 0, MAX_ELEMENTS // dim)
     shapes = _check_update(update).state_shapes(num_rows, dim)
     torch = _torch_tensor(like)
     if torch is not None:
@@ -407,7 +418,8 @@ def init_state(update: RowUpdate, num_rows: int, dim: int, like: Any) -> dict[st
             for name, shape in shapes.items()
         }
     library = sys.modules.get(type(like).__module__.partition(".")[0])
-    if library is None or not hasattr(library, "zeros"):
+    is_array = hasattr(like, "dtype") and hasattr(like, "shape")
+    if not is_array or library is None or not hasattr(library, "zeros"):
         raise TypeError(f"like: got {type(like).__name__}, accepted: a torch, NumPy or CuPy array")
     return {
         name: library.zeros(shape, dtype="int32" if name == "prev_iter" else "float32")

@@ -19,6 +19,7 @@ from coldrow.functional import (
     bump_versions,
     init_state,
     integer,
+    listed,
     one_of,
 )
 from coldrow.policies import (
@@ -32,6 +33,12 @@ from coldrow.policies import (
 )
 
 __all__ = ["RowwiseRMSpropAR", "SparseOptimizer"]
+
+
+def _listed(params: Any) -> Any:
+    if isinstance(params, Tensor):  # torch refuses it, or takes it for a group's
+        return params
+    return listed("params", params, "embedding weights [E, D], or param groups of them")
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -64,7 +71,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._start(on_nonfinite)
         self._lr_of_update = lr is None  # a group's own update then brings its own lr
         super().__init__(
-            params, {"lr": update.optimizer.lr if lr is None else lr, "update": update}
+            _listed(params), {"lr": update.optimizer.lr if lr is None else lr, "update": update}
         )
 
     def _start(self, on_nonfinite: str) -> None:
@@ -88,7 +95,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             param_group = {"lr": update.optimizer.lr, **param_group}
         number("lr", param_group.get("lr", self.defaults["lr"]))
         params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [params] if isinstance(params, Tensor) else _listed(params)
         for p in params:
             if not isinstance(p, Tensor) or p.dim() != 2:
                 shape = list(p.shape) if isinstance(p, Tensor) else type(p).__name__
@@ -288,7 +295,7 @@ class RowwiseRMSpropAR(SparseOptimizer):
             "min_shrinkage": min_shrinkage,
             "rounding": Nearest() if rounding is None else rounding,
         }
-        torch.optim.Optimizer.__init__(self, params, defaults)
+        torch.optim.Optimizer.__init__(self, _listed(params), defaults)
 
     def _update_of(self, group: dict[str, Any]) -> RowUpdate:
         return RowUpdate(

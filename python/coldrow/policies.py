@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ _SMALLEST_FLOAT32 = 1.17549435e-38  # the smallest normal one
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
+def item(value: Any) -> Any:
+    """Return the number in a 0-dim array, or ``value``. (torch raises RuntimeError where there is none.)"""
+    is_array = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_array else value
+
+
 def number(
     name: str,
     value: Any,
@@ -59,11 +66,10 @@ def number(
         f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
     )
     error = f"{name}: got {value!r}, accepted: {bounds}"
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim array
-        value = value.item()
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError(error)
     try:
+        value = item(value)
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError(error)
         x = float(value)
     except OverflowError:
         raise ValueError(error) from None
@@ -209,7 +215,8 @@ class _Adam(Optimizer):
         self._check("beta1", high=_BELOW_ONE)
         self._check("beta2", high=_BELOW_ONE)
         self._check("eps", low=_SMALLEST_FLOAT32)
-        if self.bias_correction not in ("clock", "row"):
+        given = self.bias_correction
+        if not isinstance(given, str) or given not in ("clock", "row"):
             raise ValueError(
                 f"bias_correction: got {self.bias_correction!r}, accepted: 'clock', 'row'"
             )
@@ -454,11 +461,16 @@ class Stochastic(Rounding):
 
     def __post_init__(self) -> None:
         error = f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1"
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
-            raise TypeError(error)
-        if not 0 <= self.seed < 2**64:
+        try:
+            seed = item(self.seed)
+            if isinstance(seed, bool):
+                raise TypeError(error)
+            seed = operator.index(seed)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(error) from None
+        if not 0 <= seed < 2**64:
             raise ValueError(error)
-        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "seed", seed)
 
     def _native(self) -> dict[str, Any]:
         return {"rounding": "stochastic", "seed": self.seed}

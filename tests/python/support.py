@@ -134,7 +134,7 @@ class Table64:
         def numpy(array):
             if isinstance(array, np.ndarray):
                 return array
-            return array.detach().double().numpy()  # NumPy has no bfloat16
+            return array.detach().cpu().double().numpy()  # NumPy has no bfloat16
 
         self.dtype = str(weight.dtype).removeprefix("torch.")
         self.weight = np.array(numpy(weight), dtype=np.float64)

@@ -213,7 +213,7 @@ def test_lr_scheduler():
         (lambda: Embedding(9, 5, dtype=torch.float64), ValueError, "float64"),
         (lambda: Embedding(9, 5, nothing=1), TypeError, "nothing"),
         (lambda: Embedding(9, 5)(torch.tensor([9])), IndexError, "indices: got 9 at position 0"),
-        (lambda: Embedding(9, 5)(torch.tensor([1.0])), TypeError, "indices: got dtype float32"),
+        (lambda: Embedding(9, 5)(torch.tensor([1.0])), TypeError, "input: got dtype float32"),
         (lambda: EmbeddingBag(9, 5)(torch.tensor([1])), ValueError, r"offsets: got None, accepted: \[B\]"),
         (lambda: EmbeddingBag(9, 5)(torch.tensor([[1]]), torch.tensor([0])), ValueError, "offsets: given with 2-D"),
         (lambda: EmbeddingBag(9, 5)(torch.tensor([1, 2]), torch.tensor([1])), ValueError, "offsets: starts with 1"),

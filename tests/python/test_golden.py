@@ -43,6 +43,10 @@ def test_cases_are_there():
 @pytest.mark.parametrize("layout", ["record", "split"])
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_through_the_module(path, layout):
+    through_the_module(path, layout, "cpu")
+
+
+def through_the_module(path, layout, device):
     meta, z = load(path)
     tables = meta["tables"]
     features = [[] for _ in tables]
@@ -57,6 +61,7 @@ def test_through_the_module(path, layout):
         update_of(meta),
         pooling=meta["pooling"],
         state_layout=layout,
+        device=device,
     )
     for t in range(len(tables)):
         emb.weights[f"t{t}"].copy_(torch.from_numpy(z[f"w0_{t}"]))
@@ -65,21 +70,22 @@ def test_through_the_module(path, layout):
     for s in range(meta["steps"]):
         emb.clock = meta["iter"][s] - 1
         emb.lr = meta["lr"][s]
-        indices = torch.from_numpy(z[f"indices_{s}"]).to(getattr(torch, meta["index_dtype"]))
-        offsets = torch.from_numpy(z[f"offsets_{s}"]).to(indices.dtype)
-        psw = torch.from_numpy(z[f"psw_{s}"]) if meta["weighted"] else None
+        index_dtype = getattr(torch, meta["index_dtype"])
+        indices = torch.from_numpy(z[f"indices_{s}"]).to(device, index_dtype)
+        offsets = torch.from_numpy(z[f"offsets_{s}"]).to(device, index_dtype)
+        psw = torch.from_numpy(z[f"psw_{s}"]).to(device) if meta["weighted"] else None
         out = emb(indices, offsets, psw)
-        out.backward(torch.from_numpy(z[f"grad_{s}"]).to(out.dtype))
+        out.backward(torch.from_numpy(z[f"grad_{s}"]).to(device, out.dtype))
     bound = 4e-3 if "fp16" in (meta["output_dtype"], meta["weights_dtype"]) else 4e-6
     scale = np.maximum(1.0, np.abs(z["out_last"].astype(np.float64)))
-    assert (np.abs(out.detach().numpy() - z["out_last"]) <= bound * scale).all()
+    assert (np.abs(out.detach().cpu().numpy() - z["out_last"]) <= bound * scale).all()
     names = [f"t{t}" for t in range(len(tables))]
     check(
         meta,
         z,
-        [emb.weights[n].numpy() for n in names],
-        [emb.state[n]["momentum1"].numpy() for n in names],
-        [emb.state[n]["prev_iter"].numpy() for n in names],
+        [emb.weights[n].cpu().numpy() for n in names],
+        [emb.state[n]["momentum1"].cpu().numpy() for n in names],
+        [emb.state[n]["prev_iter"].cpu().numpy() for n in names],
     )
 
 

@@ -61,20 +61,22 @@ DIMS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    update=UPDATES,
-    dim=DIMS,
-    rows=st.integers(1, 60),
-    dtype=st.sampled_from(DTYPES),
-    grad_dtype=st.sampled_from(DTYPES),
-    index_dtype=st.sampled_from([torch.int32, torch.int64]),
-    sizes=st.lists(st.integers(0, 200), min_size=1, max_size=4),
-    seed=st.integers(0, 2**32),
-)
-def test_apply(update, dim, rows, dtype, grad_dtype, index_dtype, sizes, seed):
+APPLY = {
+    "update": UPDATES,
+    "dim": DIMS,
+    "rows": st.integers(1, 60),
+    "dtype": st.sampled_from(DTYPES),
+    "grad_dtype": st.sampled_from(DTYPES),
+    "index_dtype": st.sampled_from([torch.int32, torch.int64]),
+    "sizes": st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    "seed": st.integers(0, 2**32),
+}
+
+
+def check_apply(device, update, dim, rows, dtype, grad_dtype, index_dtype, sizes, seed):
+    """Some steps of one table through the function, each against the reference."""
     rng = np.random.default_rng(seed)
-    weight = torch.from_numpy(rng.normal(size=(rows, dim))).to(dtype)
+    weight = torch.from_numpy(rng.normal(size=(rows, dim))).to(dtype).to(device)
     state = coldrow.init_state(update, rows, dim, like=weight)
     step, epoch_start = 0, 0
     for n in sizes:
@@ -87,8 +89,8 @@ def test_apply(update, dim, rows, dtype, grad_dtype, index_dtype, sizes, seed):
         coldrow.apply_(
             update,
             weight,
-            torch.from_numpy(grad).to(grad_dtype),
-            torch.from_numpy(indices).to(index_dtype),
+            torch.from_numpy(grad).to(grad_dtype).to(device),
+            torch.from_numpy(indices).to(index_dtype).to(device),
             state,
             step=step,
             epoch_start=epoch_start,
@@ -97,24 +99,33 @@ def test_apply(update, dim, rows, dtype, grad_dtype, index_dtype, sizes, seed):
         check_step(update, before, Table64(weight, state), grad, indices, **now)
 
 
+@settings(max_examples=200, deadline=None)
+@given(**APPLY)
+def test_apply(**case):
+    check_apply("cpu", **case)
+
+
 # Powers of two: then a mean is exact too.
 LENGTHS = [0, 0, 1, 2, 2, 4, 8]
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    updates=st.lists(UPDATES, min_size=1, max_size=4),
-    pooling=st.sampled_from(["sum", "weighted", "mean", "none"]),
-    charge=st.sampled_from(["touch", "read"]),
-    layout=st.sampled_from(["record", "split"]),
-    fused=st.booleans(),
-    vary=st.booleans(),
-    index_dtype=st.sampled_from([torch.int32, torch.int64]),
-    bags=st.integers(0, 12),
-    data=st.data(),
-    seed=st.integers(0, 2**32),
-)
-def test_module(updates, pooling, charge, layout, fused, vary, index_dtype, bags, data, seed):
+MODULE = {
+    "updates": st.lists(UPDATES, min_size=1, max_size=4),
+    "pooling": st.sampled_from(["sum", "weighted", "mean", "none"]),
+    "charge": st.sampled_from(["touch", "read"]),
+    "layout": st.sampled_from(["record", "split"]),
+    "fused": st.booleans(),
+    "vary": st.booleans(),
+    "index_dtype": st.sampled_from([torch.int32, torch.int64]),
+    "bags": st.integers(0, 12),
+    "data": st.data(),
+    "seed": st.integers(0, 2**32),
+}
+
+
+def check_module(
+    device, updates, pooling, charge, layout, fused, vary, index_dtype, bags, data, seed
+):
     """Three steps of forward and backward of tables of all kinds; the first serves two features."""
     rng = np.random.default_rng(seed)
     # In older releases of torch unfused gradients pass through the tables' dtype.
@@ -133,7 +144,7 @@ def test_module(updates, pooling, charge, layout, fused, vary, index_dtype, bags
     ]
     kind = "sum" if pooling == "weighted" else pooling
     emb = TableBatchedEmbeddingBags(
-        tables, pooling=kind, charge=charge, fused=fused, state_layout=layout
+        tables, pooling=kind, charge=charge, fused=fused, state_layout=layout, device=device
     )
     for p in emb.weights.values():
         p.data.copy_(torch.from_numpy(rng.normal(size=p.shape)))
@@ -160,9 +171,9 @@ def test_module(updates, pooling, charge, layout, fused, vary, index_dtype, bags
         if pooling == "weighted":
             psw = (rng.integers(-8, 9, len(indices)) / 4).astype(np.float32)
         out = emb(
-            torch.from_numpy(indices).to(index_dtype),
-            torch.from_numpy(offsets).to(index_dtype),
-            None if psw is None else torch.from_numpy(psw),
+            torch.from_numpy(indices).to(index_dtype).to(device),
+            torch.from_numpy(offsets).to(index_dtype).to(device),
+            None if psw is None else torch.from_numpy(psw).to(device),
             sizes if vary else None,
         )
 
@@ -185,25 +196,25 @@ def test_module(updates, pooling, charge, layout, fused, vary, index_dtype, bags
                 most = max(lengths[f], default=0) + 8
                 error = most * ROUND * pool(size[i], o, kind, None if p is None else np.abs(p))
             grad = exact_grad(rng, want.shape)
-            grads.append(torch.from_numpy(grad).float())
+            grads.append(torch.from_numpy(grad).float().to(device))
             wants.append(want)
             errors.append(error + 1e-38)
             updates_of[t][0].append(i)
             updates_of[t][1].append(grad if kind == "none" else unpool(grad, o, kind, p))
 
         if kind == "none" and len(set(dims)) > 1:
-            got = [x.detach().numpy() for x in out]
+            got = [x.detach().cpu().numpy() for x in out]
         elif kind == "none":
-            got = np.split(out.detach().numpy(), ends[1:-1])
+            got = np.split(out.detach().cpu().numpy(), ends[1:-1])
         elif vary:
             cuts = np.cumsum([w.size for w in wants])[:-1]
             got = [
                 g.reshape(w.shape)
-                for g, w in zip(np.split(out.detach().numpy(), cuts), wants, strict=True)
+                for g, w in zip(np.split(out.detach().cpu().numpy(), cuts), wants, strict=True)
             ]
         else:
             cuts = np.cumsum([w.shape[1] for w in wants])[:-1]
-            got = np.split(out.detach().numpy(), cuts, axis=1)
+            got = np.split(out.detach().cpu().numpy(), cuts, axis=1)
         for g, want, error in zip(got, wants, errors, strict=True):
             within(g, want - error, want + error, "out")
 
@@ -224,6 +235,13 @@ def test_module(updates, pooling, charge, layout, fused, vary, index_dtype, bags
             i, g = np.concatenate(i), np.concatenate(g)
             now = {"step": step, "epoch_start": emb.epoch_start}
             check_step(updates[t], before[t], after, g, i, **now)
+    emb.check()
+
+
+@settings(max_examples=150, deadline=None)
+@given(**MODULE)
+def test_module(**case):
+    check_module("cpu", **case)
 
 
 def test_a_row_with_zero_gradient_is_touched_and_others_are_not_written():

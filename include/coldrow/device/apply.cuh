@@ -168,7 +168,7 @@ __global__ void deal_runs(ApplyArgs<Update> a, std::int32_t* first_block) {
         const std::int32_t t = a.numbers[i];
         return std::int64_t{a.runs.table_run[t + 1]} - a.runs.table_run[t];
       },
-      [&](std::int32_t i) { return lanes_for(a.tables[i].dim, kBlock); }, first_block);
+      [&](std::int32_t i) { return update_lanes_for(a.tables[i].dim, kBlock); }, first_block);
 }
 
 // A run, read in good time: where it is, then what its first entry says.
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, apply_blocks(Update::optimizer_type:
       reinterpret_cast<float*>(shared_memory() + round_up_16(sizeof(BlockCommon<Update>)));
   float* const sums = a.sums == nullptr ? shared_sums : a.sums + blockIdx.x * a.sums_per_block;
 
-  const auto lanes_of = [&](std::int32_t i) { return lanes_for(a.tables[i].dim, kBlock); };
+  const auto lanes_of = [&](std::int32_t i) { return update_lanes_for(a.tables[i].dim, kBlock); };
   const std::int32_t blocks = a.deal.blocks();
   for (auto block = static_cast<std::int32_t>(blockIdx.x); block < blocks;
        block += static_cast<std::int32_t>(gridDim.x)) {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, apply_blocks(Update::optimizer_type:
     const std::int64_t last_run =
         min_of<std::int64_t>(first_run + share.last, a.runs.table_run[number + 1]);
     const int dim = table.dim;
-    const Tile<kBlock> tile{lanes_for(dim, kBlock)};
+    const Tile<kBlock> tile{update_lanes_for(dim, kBlock)};
     const int tiles = a.deal.threads / tile.lanes;
     float* const sum = sums + tile.number() * sum_stride(dim);
 

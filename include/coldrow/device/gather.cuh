@@ -141,7 +141,7 @@ __device__ __forceinline__ void sum_rows(const G& tile, bool aligned, const void
   if (!aligned) {
     COLDROW_ROLLED
     for (; column < dim; column += step) {
-      sum_columns<1, 1, false, T>(tile, base, fetch, count, column, dim, emit);
+      sum_columns<1, 2, false, T>(tile, base, fetch, count, column, dim, emit);
     }
     return;
   }

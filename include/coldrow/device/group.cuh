@@ -19,8 +19,10 @@ struct Tile {
 
   __device__ int rank() const { return static_cast<int>(threadIdx.x) & (lanes - 1); }
   __device__ int size() const { return lanes; }
-  // Every lane adds the same pairs in the same order (a + b and b + a are the same bits).
+  // Every lane adds the same pairs in the same order (a + b and b + a are the same bits). What lanes
+  // read from memory before, one of them may write after: shuffles alone do not order that.
   __device__ float sum(float x) const {
+    __syncwarp(mask());
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       x += __shfl_xor_sync(mask(), x, distance);
     }

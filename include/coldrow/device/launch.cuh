@@ -34,7 +34,7 @@ struct Queue {
     if (error != cudaSuccess) return;
 #if defined(COLDROW_SIMT)
     simt::launch(launch.blocks, launch.threads, static_cast<std::size_t>(launch.shared_bytes),
-                 [&] { kernel(args...); });
+                 [=] { kernel(args...); });
 #else
     // clang-format off
     kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(args...);

@@ -41,7 +41,8 @@ inline constexpr int kThreadsPerMultiprocessor = 2048;
 inline constexpr int kMaxShared = 48 * 1024;  // what a block may have without asking for more
 
 // A tile takes up to this many items one after another before its block looks which table comes next.
-inline constexpr int kMaxRounds = 8;
+// Each time costs a tile some waits for memory, as many as two or three rows do.
+inline constexpr int kMaxRounds = 16;
 
 COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -50,10 +51,21 @@ COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
 // Neighbouring columns of a row that one lane handles at once: 16 bytes of them.
 COLDROW_HD constexpr int block_for(int weight_bytes) { return 16 / weight_bytes; }
 
-// Lanes that work on a row together: enough to take it in one go, at most a warp.
+// Lanes that read a row together: enough to take it in one go, at most a warp.
 COLDROW_HD constexpr int lanes_for(int dim, int block) {
   int lanes = 1;
   while (lanes < 32 && lanes * block < dim) lanes *= 2;
+  return lanes;
+}
+
+// Lanes that update a row together. An update is a chain of waits (gradient, state, the sum of squares
+// over the lanes, weights), so what counts is how many rows are under way: from 8 lanes on, each takes
+// two blocks before there are more lanes. (No fewer: they also look up the gradients of a run, one each.)
+// The mean of squares is added over these lanes, so results depend on this function: it is no choice
+// of the launch.
+COLDROW_HD constexpr int update_lanes_for(int dim, int block) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * block * (lanes < 8 ? 1 : 2) < dim) lanes *= 2;
   return lanes;
 }
 
@@ -99,17 +111,25 @@ struct ApplyLaunch {
 // Floats between the sums of neighbouring tiles: whole 16-byte accesses.
 COLDROW_HD constexpr std::int64_t sum_stride(int dim) { return (std::int64_t{dim} + 7) / 8 * 8; }
 
-// fixed_bytes: shared memory the block needs besides. widest: the largest dim of its tables. narrowest
-// tiles: a tile of few lanes has a short row, so a block's sums take the most room where dim is large.
+// Floats that the sums of `threads` threads' tiles take, whatever the dims of up to `widest`.
+constexpr std::int64_t sums_floats(int widest, int block, int threads) {
+  std::int64_t most = 0;
+  for (int lanes = 1; lanes <= 32; lanes *= 2) {
+    // The widest row that such tiles are for.
+    int dim = min_of(widest, 2 * lanes * block);
+    while (dim > 1 && update_lanes_for(dim, block) > lanes) --dim;
+    if (lanes == 32) dim = widest;
+    if (update_lanes_for(dim, block) != lanes) continue;
+    most = max_of(most, threads / lanes * sum_stride(dim));
+  }
+  return most;
+}
+
+// fixed_bytes: shared memory the block needs besides. widest: the largest dim of its tables.
 constexpr ApplyLaunch choose_apply(std::int64_t items, std::int64_t groups, int widest, int block,
                                    int fixed_bytes, Machine machine) {
   int threads = kThreads;
-  const auto bytes = [&](int n) {
-    // The widest row in tiles of 32, or any narrower one in tiles that just hold it.
-    const std::int64_t wide = n / 32 * sum_stride(widest);
-    const std::int64_t narrow = n * sum_stride(block);
-    return fixed_bytes + max_of(wide, narrow) * 4;
-  };
+  const auto bytes = [&](int n) { return fixed_bytes + sums_floats(widest, block, n) * 4; };
   while (threads > 32 && bytes(threads) > kMaxShared) threads /= 2;
   ApplyLaunch choice;
   const TileLaunch tiles = choose_tiles(items, groups, threads, machine);
@@ -122,8 +142,7 @@ constexpr ApplyLaunch choose_apply(std::int64_t items, std::int64_t groups, int 
     choice.launch.blocks = min_of(choice.launch.blocks, 4 * machine.multiprocessors);
     choice.launch.shared_bytes = fixed_bytes;
     choice.sums_in_workspace = true;
-    choice.workspace_floats =
-        choice.launch.blocks * max_of(sum_stride(widest), 32 * sum_stride(block));
+    choice.workspace_floats = choice.launch.blocks * sums_floats(widest, block, threads);
   }
   return choice;
 }

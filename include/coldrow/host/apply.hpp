@@ -16,7 +16,7 @@ struct GradientRows {
   const Feature* features;  // of this table, in order of first_row
   int num_features;
 
-  COLDROW_INLINE const Grad* row(std::uint32_t out_row) const {
+  COLDROW_HOST_INLINE const Grad* row(std::uint32_t out_row) const {
     int f = num_features - 1;
     while (f > 0 && features[f].first_row > static_cast<std::int64_t>(out_row)) --f;
     return data + features[f].out_offset +
@@ -27,8 +27,8 @@ struct GradientRows {
 // Sums 16 * Blocks columns of a run, from `column` on, in registers. Whole: all of them exist; else
 // Blocks is 1 and `count` do.
 template <int Blocks, bool Whole, class Entry, Numeric Grad>
-COLDROW_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
-                                std::int64_t length, int column, int count, float* out) {
+COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
+                                     std::int64_t length, int column, int count, float* out) {
   Lanes<16> acc[Blocks];
   for (auto& a : acc) broadcast(a, 0.0f);
   for (std::int64_t i = 0; i < length; ++i) {
@@ -54,8 +54,8 @@ COLDROW_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* ru
 
 // The float32 sum of a run's gradients, in the order of the batch. scratch: [dim rounded up to 16].
 template <class Entry, Numeric Grad>
-COLDROW_INLINE const float* sum_run(const GradientRows<Grad>& grads, const Entry* run,
-                                    std::int64_t count, int dim, float* scratch) {
+COLDROW_HOST_INLINE const float* sum_run(const GradientRows<Grad>& grads, const Entry* run,
+                                         std::int64_t count, int dim, float* scratch) {
   if constexpr (std::same_as<Grad, float>) {
     if (count == 1 && run->scale == 1.0f) return grads.row(run->out_row);
   }

@@ -10,7 +10,7 @@ namespace host {
 
 // How many positions ahead of its use a row, or the state of one, is fetched.
 inline constexpr std::int64_t kLookupDistance = 64;
-inline constexpr std::int64_t kStateDistance = 64;
+inline constexpr std::int64_t kStateDistance = 32;
 inline constexpr std::int64_t kOutDistance = 8;  // in bags
 
 // Some bags of one feature.
@@ -33,8 +33,9 @@ struct Bags {
 // Pools 16 * Blocks columns of one bag, from `column` on, in registers, and fetches the same columns
 // of later rows. Whole: all of them exist; else Blocks is 1 and `count` do.
 template <int Blocks, bool Whole, bool Scaled, Numeric Weight, class Index, Numeric Out>
-COLDROW_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo, std::int64_t hi,
-                                 int column, int count, float bag_scale, Out* out) {
+COLDROW_HOST_INLINE void pool_columns(const Bags<Weight, Index>& bags, std::int64_t lo,
+                                      std::int64_t hi, int column, int count, float bag_scale,
+                                      Out* out) {
   const Index* const indices = bags.indices;
   const Weight* const weight = bags.weight + column;
   const std::int64_t last = bags.positions_end - 1;
@@ -109,15 +110,26 @@ void lookup_bags(const Bags<Weight, Index>& bags, Out* out, std::int64_t out_str
 }
 
 // scale[p] = read factor of the row at position p, times its per-sample weight if there is one.
-// decay is prepared as of step - 1.
+// decay is prepared as of step - 1. end: where the positions end that will be asked for next, if they
+// go on behind hi; the state of their rows is fetched.
 template <DecayPolicy Decay, class Index>
 void read_scales(const Decay& decay, std::int64_t step, float lr,
                  const Strided<const std::int32_t>& prev_iter, const Index* indices,
-                 std::int64_t lo, std::int64_t hi, const float* per_sample_weights, float* scale) {
-  for (std::int64_t p = lo; p < hi; ++p) {
-    if (p + kStateDistance < hi) prefetch(&prev_iter[indices[p + kStateDistance]], 1);
-    const float factor = read_factor(decay, step, prev_iter[indices[p]], lr);
-    scale[p] = per_sample_weights != nullptr ? factor * per_sample_weights[p] : factor;
+                 std::int64_t lo, std::int64_t hi, const float* per_sample_weights, float* scale,
+                 std::int64_t end = 0) {
+  // In pieces, so that the loop that computes has nothing else in it.
+  for (std::int64_t from = lo; from < hi; from += 16) {
+    const std::int64_t to = min_of(hi, from + 16);
+    const std::int64_t ahead = min_of(max_of(hi, end), to + kStateDistance);
+    for (std::int64_t p = from + kStateDistance; p < ahead; ++p) {
+      prefetch(&prev_iter[indices[p]], 1);
+    }
+    for (std::int64_t p = from; p < to; ++p) {
+      scale[p] = read_factor(decay, step, prev_iter[indices[p]], lr);
+    }
+    if (per_sample_weights != nullptr) {
+      for (std::int64_t p = from; p < to; ++p) scale[p] *= per_sample_weights[p];
+    }
   }
 }
 

@@ -77,7 +77,7 @@ inline constexpr std::int64_t kPrefetchDistance = 64;
 // rows of 256 bytes takes 0.64 of the time), and what reading from there costs is hidden.
 // The empty asm is needed: gcc takes a function that does nothing but prefetch for one without any
 // effect, and removes the calls to it.
-COLDROW_INLINE void prefetch(const void* address, std::size_t bytes) {
+COLDROW_HOST_INLINE void prefetch(const void* address, std::size_t bytes) {
   const char* const p = static_cast<const char*>(address);
   __asm__ volatile("");
   for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 1);

@@ -65,7 +65,7 @@ struct Lookups {
 
   // Calls f(feature, first key, p, end): positions [p, end) of one feature after the other.
   template <class F>
-  COLDROW_INLINE void for_positions(std::int64_t lo, std::int64_t hi, const F& f) const {
+  COLDROW_HOST_INLINE void for_positions(std::int64_t lo, std::int64_t hi, const F& f) const {
     std::int64_t before = 0;
     for (int i = 0; i < num_features && before < hi; before += features[i++].positions) {
       const Feature& feature = features[i];
@@ -78,7 +78,7 @@ struct Lookups {
 
   // Calls f(key) for lookups [lo, hi).
   template <class F>
-  COLDROW_INLINE void for_keys(std::int64_t lo, std::int64_t hi, const F& f) const {
+  COLDROW_HOST_INLINE void for_keys(std::int64_t lo, std::int64_t hi, const F& f) const {
     const Index* const indices = batch.indices;
     for_positions(lo, hi, [&](const Feature&, std::int64_t base, std::int64_t p, std::int64_t end) {
       for (; p < end; ++p) f(base + indices[p]);
@@ -87,7 +87,7 @@ struct Lookups {
 
   // Calls f(key, output row, scale) for lookups [lo, hi).
   template <class F>
-  COLDROW_INLINE void for_each(std::int64_t lo, std::int64_t hi, const F& f) const {
+  COLDROW_HOST_INLINE void for_each(std::int64_t lo, std::int64_t hi, const F& f) const {
     const Index *const indices = batch.indices, *const offsets = batch.offsets;
     const float* const weights = batch.pooled ? batch.per_sample_weights : nullptr;
     for_positions(lo, hi,

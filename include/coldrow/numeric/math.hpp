@@ -47,10 +47,11 @@ inline constexpr float kSmallestNormal = 1.17549435e-38f;
 inline constexpr float kLargestFloat = 3.40282347e+38f;
 
 // 2^x for x <= 0, relative error below 1e-13, 0 where the result is below the smallest normal
-// float32. Taylor series of 2^f on |f| <= 1/2; the coefficients are ln(2)^k / k!.
+// float32; NaN for any other x (which only spoiled state leads to). Taylor series of 2^f on
+// |f| <= 1/2; the coefficients are ln(2)^k / k!.
 COLDROW_HD double exp2_fixed(double x) {
   if (x < -126.0) return 0.0;  // also x = -inf
-  if (x != x) return x;
+  if (!(x <= 0.0)) return bit_cast<double>(std::uint64_t{0x7ff8} << 48);
   const int whole = static_cast<int>(x - 0.5);
   const double f = x - whole;
   double p = 4.445538271870811e-10;

@@ -80,6 +80,23 @@ struct AnyDecay {
       return ungated(1, lr);
     }
 
+    // Calls f with the decay itself: what a loop over many rows uses, to decide once and not per row.
+    template <class F>
+    void visit(const F& f) const {
+      switch (kind) {
+        case DecayKind::none:
+          return f(NoDecay{});
+        case DecayKind::linear_clipped:
+          return epoch_gated ? f(EpochGated<LinearClipped>{linear_clipped, gate})
+                             : f(linear_clipped);
+        case DecayKind::cumulative_linear:
+          return epoch_gated ? f(EpochGated<CumulativeLinear>{cumulative_linear, gate})
+                             : f(cumulative_linear);
+        default:
+          return f(*this);
+      }
+    }
+
    private:
     COLDROW_HD float ungated(std::int32_t gap, float lr) const {
       switch (kind) {

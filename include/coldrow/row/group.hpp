@@ -3,7 +3,8 @@
 // A group has
 //     static constexpr int block;   // neighbouring columns a member handles at once
 //     int rank() const, size() const;
-//     float sum(float x) const;     // over members, the same value for all, in a fixed order
+//     float sum(float x) const;     // over members, the same value for all, in a fixed order; what
+//                                   // members read from memory before, one may write after
 // Member `rank` handles the blocks rank, rank + size, rank + 2*size, ...
 #pragma once
 
@@ -35,7 +36,10 @@ struct Warp {
   static constexpr int block = 4;
   __device__ int rank() const { return static_cast<int>(threadIdx.x & 31u); }
   __device__ int size() const { return 32; }
+  // (Members read a row's state before they meet here, and the first writes it after: shuffles alone do
+  // not order that.)
   __device__ float sum(float x) const {
+    __syncwarp();
     for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
     return x;
   }

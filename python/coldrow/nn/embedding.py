@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldrow.functional import integer, one_of
+from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, one_of
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
 from coldrow.policies import RowUpdate
@@ -39,13 +39,18 @@ class _OneTable(nn.Module):
             ("norm_type", norm_type, 2.0),
             ("scale_grad_by_freq", scale_grad_by_freq, False),
         ):
-            if given != accepted:
+            plain = isinstance(given, (bool, int, float))  # an array would compare elements
+            if given is not accepted and not (plain and given == accepted):
                 raise ValueError(f"{name}: got {given!r}, accepted: {accepted!r}")
-        num_embeddings = integer("num_embeddings", num_embeddings, 1, 2**62)
+        embedding_dim = integer("embedding_dim", embedding_dim, 1, MAX_DIM)
+        most = MAX_ELEMENTS // embedding_dim
+        num_embeddings = integer("num_embeddings", num_embeddings, 1, most)
         if padding_idx is not None:
             low, high = -num_embeddings, num_embeddings - 1
             padding_idx = integer("padding_idx", padding_idx, low, high) % num_embeddings
-        shape = (num_embeddings, integer("embedding_dim", embedding_dim, 1, 2**30))
+        shape = (num_embeddings, embedding_dim)
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"_weight: got {type(weight).__name__}, accepted: a tensor")
         if weight is not None and tuple(weight.shape) != shape:
             raise ValueError(f"_weight: got {list(weight.shape)}, accepted: {list(shape)}")
         if dtype is None:
@@ -120,11 +125,25 @@ class _OneTable(nn.Module):
         """Leave out what refers to ``padding_idx``, so that it is neither read nor trained."""
         if self.padding_idx is None:
             return indices, offsets, weights
+        count = indices.numel()
+        if not torch.compiler.is_compiling() and bool(((offsets < 0) | (offsets > count)).any()):
+            raise ValueError(f"offsets: got {offsets.tolist()}, accepted: 0 to {count}")
         kept = indices != self.padding_idx
         before = torch.cat(
             [kept.new_zeros(1, dtype=offsets.dtype), kept.cumsum(0).to(offsets.dtype)]
         )
         return indices[kept], before[offsets], None if weights is None else weights[kept]
+
+    def _integers(self, name: str, value: Any) -> None:
+        """Refuse what is no array of row numbers where the table lies."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: got {got}, accepted: an int32 or int64 tensor")
+        if value.dtype not in (torch.int32, torch.int64):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise TypeError(f"{name}: got dtype {dtype}, accepted: int32, int64")
+        if value.device != self.weight.device:
+            raise ValueError(f"{name}: is on {value.device}, accepted: {self.weight.device}")
 
     def _look_up(self, *batch: Any) -> Tensor:
         if self.freeze:
@@ -241,6 +260,17 @@ class EmbeddingBag(_OneTable):
             IndexError: an index outside the table.
             TypeError, ValueError: other bad input.
         """
+        self._integers("input", input)
+        if offsets is not None:
+            self._integers("offsets", offsets)
+        if per_sample_weights is not None and (
+            not isinstance(per_sample_weights, Tensor)
+            or per_sample_weights.layout != torch.strided
+            or not per_sample_weights.is_floating_point()
+        ):
+            raise TypeError(
+                f"per_sample_weights: got {per_sample_weights!r}, accepted: a dense float tensor"
+            )
         if per_sample_weights is not None and per_sample_weights.shape != input.shape:
             raise ValueError(
                 f"per_sample_weights: got {list(per_sample_weights.shape)}, accepted: the shape of "
@@ -346,6 +376,7 @@ class Embedding(_OneTable):
             IndexError: an index outside the table.
             TypeError: an input that is not an integer tensor.
         """
+        self._integers("input", input)
         flat = input.reshape(-1)
         indices, _, _ = self._without_padding(flat, flat.new_zeros(1), None)
         offsets = torch.arange(indices.numel() + 1, dtype=indices.dtype, device=indices.device)

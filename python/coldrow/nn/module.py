@@ -10,7 +10,7 @@ import itertools
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from coldrow.functional import (
     SparseStep,
     apply_steps,
     integer,
+    listed,
     one_of,
     table_key,
 )
@@ -85,16 +86,14 @@ class TableBatchedEmbeddingBags(nn.Module):
         update = RowUpdate() if update is None else update
         if not isinstance(update, RowUpdate):
             raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
-        if not isinstance(tables, Iterable):
-            raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
-        tables = list(tables)
+        tables = listed("tables", tables, "a non-empty list of Table")
         if not tables or not all(isinstance(t, Table) for t in tables):
             raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
         names = [t.name for t in tables]
         self.features = [f for t in tables for f in t.features or ()]
-        for what, listed in (("table", names), ("feature", self.features)):
-            for name in listed:
-                if listed.count(name) > 1:
+        for what, named in (("table", names), ("feature", self.features)):
+            for name in named:
+                if named.count(name) > 1:
                     raise ValueError(f"tables: {what} {name!r} is given twice, accepted: once")
         one_of("pooling", pooling, ("sum", "mean", "none"))
         one_of("charge", charge, ("touch", "read"))
@@ -102,7 +101,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         one_of("on_nonfinite", on_nonfinite, ON_NONFINITE)
         one_of("validate", validate, ("deferred", "sync"))
         one_of("state_layout", state_layout, ("record", "split"))
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"device: got {device!r}, accepted: 'cpu'") from None
         if device.type != "cpu":
             raise ValueError(
                 f"device: got {str(device)!r}, accepted: 'cpu' (this build has no CUDA support, see "
@@ -379,6 +381,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         for name, value in (("indices", indices), ("offsets", offsets)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, accepted: a torch tensor")
+            if value.layout != torch.strided:
+                raise TypeError(f"{name}: got layout {value.layout}, accepted: a dense tensor")
             if value.dim() != 1:
                 raise ValueError(
                     f"{name}: got shape {list(value.shape)}, accepted: one dimension (concatenate "
@@ -392,6 +396,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         if weights is not None:
             if not isinstance(weights, Tensor) or not weights.is_floating_point():
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
+            if weights.layout != torch.strided:
+                raise TypeError(
+                    f"per_sample_weights: got layout {weights.layout}, accepted: a dense tensor"
+                )
             weights = weights.float().resolve_neg().contiguous()
         sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
         grad_on = torch.is_grad_enabled()
@@ -460,7 +468,7 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _batch_sizes(self, given: Sequence[int], offsets: Tensor) -> tuple[int, ...]:
         features, bags = len(self._feature_tables), offsets.numel() - 1
         accepted = f"accepted: one per feature ({features}), adding up to len(offsets) - 1 = {bags}"
-        if isinstance(given, Tensor):
+        if isinstance(given, Tensor) and given.layout == torch.strided and not given.is_meta:
             given = given.tolist()
         if not isinstance(given, Sequence) or isinstance(given, str):
             raise TypeError(f"batch_sizes: got {given!r}, {accepted}")
@@ -669,7 +677,7 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _index_of(self, name: str) -> int:
         for i, table in enumerate(self.tables):
-            if table.name == name:
+            if isinstance(name, str) and table.name == name:
                 return i
         raise KeyError(f"table: got {name!r}, accepted: {', '.join(t.name for t in self.tables)}")
 

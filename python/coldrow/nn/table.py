@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coldrow import _core
-from coldrow.functional import integer, one_of
+from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, listed, one_of
 from coldrow.policies import RowUpdate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,12 +43,14 @@ class Table:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "." in self.name:
             raise ValueError(f"name: got {self.name!r}, accepted: a non-empty string without dots")
-        self.num_rows = integer("num_rows", self.num_rows, 1, 2**62)
-        self.dim = integer("dim", self.dim, 1, 2**30)
+        self.dim = integer("dim", self.dim, 1, MAX_DIM)
+        self.num_rows = integer("num_rows", self.num_rows, 1, MAX_ELEMENTS // self.dim)
         one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.features, str):
             raise TypeError(f"features: got {self.features!r}, accepted: a list of names")
-        self.features = list(self.features or [self.name])
+        if self.features is not None:
+            self.features = listed("features", self.features, "a list of names")
+        self.features = self.features or [self.name]
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init: got {self.init!r}, accepted: a callable on a tensor")
         if self.update is not None and not isinstance(self.update, RowUpdate):

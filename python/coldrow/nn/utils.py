@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from coldrow.functional import listed
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.policies import number
 
@@ -36,9 +37,17 @@ def clip_grad_norm_(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``.
     """
     max_norm = number("max_norm", max_norm, low_open=True)
-    if norm_type != float("inf"):
+    if not (isinstance(norm_type, float) and norm_type == float("inf")):
         norm_type = number("norm_type", norm_type, low_open=True)
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    accepted = "a tensor or a list of tensors"
+    given = (
+        [parameters]
+        if isinstance(parameters, Tensor)
+        else listed("parameters", parameters, accepted)
+    )
+    for p in given:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters: got {p!r}, accepted: {accepted}")
     values = []
     for p in given:
         if p.grad is None:

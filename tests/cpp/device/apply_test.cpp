@@ -165,6 +165,93 @@ TEST(DeviceApply, LongRuns) {
   equals_host<float, float>(spec, kRmsprop, linear(), Nearest{}, 9, {all_orders()[1]});
 }
 
+// Batches of any shape, from nothing and a single index to runs of hundreds: every optimizer family,
+// stored type, gradient type and rounding, with every pooling whose sums are exact.
+TEST(DeviceApply, BatchesOfAllShapes) {
+  for (std::uint64_t seed = 0; seed < 64; ++seed) {
+    Random random(seed + 1000);
+    BatchSpec spec;
+    const std::int64_t tables = 1 + random.below(4);
+    for (std::int64_t t = 0; t < tables; ++t) {
+      spec.rows.push_back(1 + random.below(random.below(2) == 0 ? 4 : 500));
+      spec.dims.push_back(
+          static_cast<std::int32_t>(1 + random.below(random.below(3) == 0 ? 300 : 40)));
+    }
+    for (std::int64_t f = random.below(6); f >= 0; --f) {
+      spec.feature_tables.push_back(static_cast<std::int32_t>(random.below(tables)));
+      const std::int64_t most[] = {1, 2, 20, 150};
+      spec.bags.push_back(random.below(most[random.below(4)] + 1));
+    }
+    const int longest[] = {0, 1, 4, 30};
+    spec.longest = longest[random.below(4)];
+    const std::int64_t how = random.below(4);
+    spec.weighted = how == 1;
+    spec.pooled = how != 2;
+    spec.offsets = how != 3;
+    const std::vector<simt::Order> one{all_orders()[seed % 4]};
+    switch (seed % 8) {
+      case 0:
+        equals_host<float, float>(spec, kRmsprop, linear(), Nearest{}, seed, one);
+        break;
+      case 1:
+        equals_host<half, half>(spec, kRmsprop, linear(), Nearest{}, seed, one);
+        break;
+      case 2:
+        equals_host<coldrow::bfloat16, float>(spec, kRmsprop, linear(), Stochastic{2}, seed, one);
+        break;
+      case 3:
+        equals_host<float, half>(spec, Adagrad{}, linear(), Nearest{}, seed, one);
+        break;
+      case 4:
+        equals_host<half, float>(spec, RowwiseAdagrad{}, linear(), Stochastic{1}, seed, one);
+        break;
+      case 5:
+        equals_host<coldrow::bfloat16, float>(spec, Adam<>{}, linear(), Stochastic{3}, seed, one);
+        break;
+      case 6:
+        equals_host<float, float>(spec, SGD{}, linear(), Nearest{}, seed, one);
+        break;
+      default:
+        equals_host<half, float>(spec, PartialRowwiseAdam<>{}, linear(), Nearest{}, seed, one);
+    }
+    if (HasFatalFailure()) FAIL() << "seed " << seed;
+  }
+}
+
+// Keys of 64 bits, all the way: tables of more than 2^32 rows before these, of which no row is used.
+TEST(DeviceApply, MoreRowsThan32Bits) {
+  for (const bool pooled : {true, false}) {
+    BatchSpec spec = shared_tables();
+    spec.bags[2] = 300;  // long runs too
+    spec.pooled = pooled;
+    Random random(3);
+    auto tables = test_tables<half, RowwiseRMSprop>(spec, random);
+    for (auto& t : tables) t.touch(10, random);
+    TestBatch<std::int64_t> batch(spec, random);
+    if (!pooled) flatten_unpooled(batch);
+    const auto grad = exact_gradients<float>(batch.out_size, random);
+    StepSpec step;
+    step.step = 12;
+    step.lr = 0.125;
+    using Update = RowUpdate<half, float, RowwiseRMSprop, AnyDecay, Stochastic>;
+    auto expected = tables;
+    host_update(batch, expected, grad.data(),
+                Update::at(step.step, step.lr, kRmsprop, linear(), Stochastic{4}));
+    for (const simt::Order& order : all_orders()) {
+      const simt::WithOrder with(order);
+      auto got = tables;
+      DeviceBatch<std::int64_t> d(batch, got);
+      const std::int64_t more = std::int64_t{3} << 32;
+      for (auto& b : d.base) b += more;
+      d.extent.total_rows += more;
+      ASSERT_TRUE(device::wide_keys(d.extent));
+      ASSERT_EQ(device_update<Update>(got, grad.data(), step, kRmsprop, linear(), Stochastic{4}, d),
+                step.step);
+      for (std::size_t t = 0; t < got.size(); ++t) ASSERT_TRUE(got[t] == expected[t]) << t;
+    }
+  }
+}
+
 // More tables than blocks: a block goes on from one table's rows to another's.
 TEST(DeviceApply, MoreTablesThanBlocks) {
   for (const std::uint64_t seed : {1, 2}) {

@@ -68,49 +68,6 @@ struct Forward {
   }
 };
 
-// The same through the host driver, into `out` as it was.
-template <class W, class Out, class Index>
-void host_lookup(const TestBatch<Index>& test, std::vector<TestTable<W, RowwiseRMSprop>>& tables,
-                 const AnyDecay* decay, std::int64_t clock, double lr, std::int32_t epoch_start,
-                 std::vector<Out>& out, const std::vector<float>* grad = nullptr,
-                 std::vector<float>* weight_gradient = nullptr) {
-  std::vector<float> scales(static_cast<std::size_t>(test.positions()), 1.0f);
-  for (const Feature& f : test.features) {
-    auto& table = tables[static_cast<std::size_t>(f.table)];
-    const auto view = table.view();
-    const bool by_bag = test.spec.pooled && test.spec.offsets;
-    const std::int64_t first = by_bag ? f.first_bag : f.first_position;
-    const std::int64_t count = by_bag ? f.bags : f.positions;
-    const float* weights = test.spec.weighted ? test.weights.data() : nullptr;
-    host::Bags<W, Index> bags{table.weight.data(),
-                              f.dim,
-                              test.indices.data(),
-                              by_bag ? test.offsets.data() : nullptr,
-                              first,
-                              first + count,
-                              f.first_position + f.positions,
-                              weights,
-                              test.spec.mean && test.spec.pooled};
-    const auto at = [&](bool weighted) {
-      if (decay == nullptr) return;
-      const Strided<const std::int32_t> prev_iter{view.prev_iter.data, view.prev_iter.stride};
-      host::read_scales(prepare(*decay, static_cast<std::int32_t>(clock), lr, epoch_start),
-                        clock + 1, static_cast<float>(lr), prev_iter, test.indices.data(),
-                        f.first_position, f.first_position + f.positions,
-                        weighted ? weights : nullptr, scales.data());
-      bags.scale = scales.data();
-    };
-    at(true);
-    host::lookup_bags(bags, out.data() + f.out_offset, f.out_stride);
-    if (grad != nullptr) {
-      bags.scale = nullptr;
-      at(false);
-      host::weight_gradients(bags, grad->data() + f.out_offset, f.out_stride,
-                             weight_gradient->data());
-    }
-  }
-}
-
 AnyDecay decay_case(std::size_t i) { return decay_cases()[i].policy; }
 
 template <class W, class Out, class Index>

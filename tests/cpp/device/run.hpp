@@ -5,10 +5,10 @@
 
 #include "simt.hpp"
 
-#include <coldrow/device/device.cuh>
 #include <coldrow/device/radix_sort.cuh>
 
-#include "../host/batches.hpp"
+#include "../support.hpp"
+#include "tables.hpp"
 
 namespace coldrow_test {
 
@@ -20,18 +20,6 @@ inline std::vector<simt::Order> all_orders() {
 }
 
 inline constexpr device::Machine kMachine{2};
-
-template <Numeric T>
-constexpr device::NumericType type_of() {
-  if constexpr (std::same_as<T, half>) return device::NumericType::float16;
-  if constexpr (std::same_as<T, coldrow::bfloat16>) return device::NumericType::bfloat16;
-  return device::NumericType::float32;
-}
-
-template <class Index>
-device::Integers integers(const std::vector<Index>& x) {
-  return {x.data(), sizeof(Index) == 8};
-}
 
 // Memory for a workspace, aligned as a device allocator's, full of NaNs, with guards around.
 class DeviceMemory {
@@ -76,78 +64,6 @@ class VirtualMemory {
   std::size_t bytes_;
   T* data_;
 };
-
-// A table, with the state that Optimizer declares; scalars and prev_iter in one record per row.
-template <class W, class Optimizer>
-struct TestTable {
-  static constexpr int kScalars = Optimizer::scalar_states;
-  static constexpr int kVectors = Optimizer::vector_states;
-  static constexpr int kRecord = kScalars + 1;  // the last is prev_iter
-  std::int64_t rows;
-  int dim;
-  std::vector<W> weight;
-  std::vector<std::int32_t> records;  // [rows, kRecord]
-  std::vector<std::vector<float>> vectors;
-
-  TestTable(std::int64_t r, int d, Random& random)
-      : rows(r),
-        dim(d),
-        weight(random.numbers<W>(r * d)),
-        records(static_cast<std::size_t>(r * kRecord)) {
-    for (int v = 0; v < kVectors; ++v) {
-      vectors.push_back(std::vector<float>(static_cast<std::size_t>(r * d)));
-    }
-  }
-  // Some rows touched before step `step`.
-  void touch(std::int32_t step, Random& random) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      if (random.below(3) == 0) continue;
-      prev_iter(r) = static_cast<std::int32_t>(random.below(step));
-      for (int s = 0; s < kScalars; ++s) {
-        const float x = static_cast<float>(random.below(64)) / 16.0f;
-        std::memcpy(&records[static_cast<std::size_t>(r * kRecord + s)], &x, sizeof x);
-      }
-      for (auto& v : vectors) {
-        for (std::int64_t d = 0; d < dim; ++d) {
-          v[static_cast<std::size_t>(r * dim + d)] = static_cast<float>(random.below(64)) / 16.0f;
-        }
-      }
-    }
-  }
-  std::int32_t& prev_iter(std::int64_t r) {
-    return records[static_cast<std::size_t>(r * kRecord + kScalars)];
-  }
-  Table<W, Optimizer> view() {
-    Table<W, Optimizer> t;
-    t.weight = weight.data();
-    t.rows = rows;
-    t.dim = dim;
-    t.prev_iter = {records.data() + kScalars, kRecord};
-    for (int s = 0; s < kScalars; ++s) {
-      t.scalars[s] = {reinterpret_cast<float*>(records.data()) + s, kRecord};
-    }
-    for (int v = 0; v < kVectors; ++v) t.vectors[v] = vectors[static_cast<std::size_t>(v)].data();
-    t.origin = {0x1234u + static_cast<std::uint64_t>(dim), 1000, 3, 0};
-    return t;
-  }
-  friend bool operator==(const TestTable& a, const TestTable& b) {
-    if (!same_bits(a.weight, b.weight) || !same_bits(a.records, b.records)) return false;
-    for (int v = 0; v < kVectors; ++v) {
-      const auto i = static_cast<std::size_t>(v);
-      if (!same_bits(a.vectors[i], b.vectors[i])) return false;
-    }
-    return true;
-  }
-};
-
-template <class W, class Optimizer>
-std::vector<TestTable<W, Optimizer>> test_tables(const BatchSpec& spec, Random& random) {
-  std::vector<TestTable<W, Optimizer>> out;
-  for (std::size_t t = 0; t < spec.rows.size(); ++t) {
-    out.emplace_back(spec.rows[t], spec.dims[t], random);
-  }
-  return out;
-}
 
 // The descriptors of a batch. The features' positions are left for the device to find, where there
 // are offsets.
@@ -203,34 +119,7 @@ struct DeviceBatch {
   }
 };
 
-// Unpooled outputs are flat on the device, feature after feature; TestBatch spreads them.
-template <class Index>
-std::int64_t flat_size(const TestBatch<Index>& test) {
-  std::int64_t size = 0;
-  for (const Feature& f : test.features) size += f.positions * f.dim;
-  return size;
-}
-template <class Index>
-void flatten_unpooled(TestBatch<Index>& test) {
-  std::int64_t offset = 0;
-  for (Feature& f : test.features) {
-    f.out_offset = offset;
-    f.out_stride = f.dim;
-    offset += f.positions * f.dim;
-  }
-  test.out_size = offset;
-}
-
 // ------------------------------------------------------------------------------------------- update
-
-struct StepSpec {
-  std::int32_t step = 1;
-  double lr = 0.02;
-  std::int32_t epoch_start = 0;
-  bool decay_state = false;
-  OnNonfinite on_nonfinite = OnNonfinite::skip;
-  int check = 0;  // device::Pass of a check pass before, if any
-};
 
 // One backward and update through the device drivers, clock and lr in "device memory". Returns the
 // clock afterwards.
@@ -287,46 +176,6 @@ std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G
   EXPECT_EQ(queue.error, cudaSuccess);
   EXPECT_TRUE(memory.intact() && update_memory.intact()) << "written beside the workspace";
   return clock;
-}
-
-// The same through the host drivers.
-template <class Update, class Index, class G, class W, class Optimizer>
-host::ApplyReport host_update(const TestBatch<Index>& test,
-                              std::vector<TestTable<W, Optimizer>>& tables, const G* grad,
-                              const Update& update) {
-  using Entry = host::WideEntry;
-  const std::int64_t n = test.positions();
-  std::vector<Entry> entries(static_cast<std::size_t>(n)), other(entries);
-  std::vector<std::uint32_t> counts(host::kCounts);
-  const Entry* sorted = host::sort_lookups(test.all(test.table_base.data()), 40, 1, entries.data(),
-                                           other.data(), counts.data());
-  host::ApplyReport report;
-  std::int64_t lo = 0;
-  for (std::size_t t = 0; t < tables.size(); ++t) {
-    const std::int64_t base = test.table_base[t];
-    std::int64_t hi = lo;
-    while (hi < n && static_cast<std::int64_t>(sorted[hi].key) < base + tables[t].rows) ++hi;
-    std::vector<Feature> features;
-    for (const Feature& f : test.features) {
-      if (f.table == static_cast<std::int32_t>(t)) features.push_back(f);
-    }
-    const host::GradientRows<G> rows{grad, features.data(), static_cast<int>(features.size())};
-    std::vector<float> scratch(static_cast<std::size_t>(host::scratch_floats(tables[t].dim)));
-    report.merge(host::apply_runs(update, tables[t].view(), sorted, lo, hi, base,
-                                  host::Pass::update, rows, scratch.data()));
-    lo = hi;
-  }
-  return report;
-}
-
-// Gradients whose sums and squares float32 holds exactly, whatever the order.
-template <Numeric G>
-std::vector<G> exact_gradients(std::int64_t n, Random& random) {
-  std::vector<G> out;
-  for (std::int64_t i = 0; i < n; ++i) {
-    out.push_back(number<G>(static_cast<double>(random.below(5) - 2) / 4.0));
-  }
-  return out;
 }
 
 }  // namespace coldrow_test

@@ -40,7 +40,13 @@
 #define __shared__ static
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorUnknown = 999 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorUnknown = 999
+};
 
 namespace simt {
 
@@ -266,8 +272,12 @@ class Block {
   std::exception_ptr failure_;
 };
 
+// What a graph is captured to: work to be done at each replay.
+using Recording = std::vector<std::function<void()>>;
+
 struct Device {
   Block block;
+  Recording* recording = nullptr;  // while a stream is captured
   Order order;
   Index3 block_index, block_size, grid_size;
   unsigned char* shared = nullptr;
@@ -296,6 +306,10 @@ inline unsigned char* shared_memory() { return device().shared; }
 inline void launch(int blocks, int threads, std::size_t shared_bytes,
                    const std::function<void()>& body) {
   Device& d = device();
+  if (d.recording != nullptr) {
+    d.recording->push_back([=] { launch(blocks, threads, shared_bytes, body); });
+    return;
+  }
   if (blocks < 1 || threads < 1 || threads > 1024 || shared_bytes > 48 * 1024) {
     throw Fault("no such launch: " + std::to_string(blocks) + " blocks of " +
                 std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes");
@@ -348,8 +362,19 @@ cudaError_t radix_sort_pairs(void* temp, std::size_t& temp_bytes, Key* const (&k
     return cudaSuccess;
   }
   if (temp_bytes < need || bits < 1) return cudaErrorInvalidValue;
-  std::memset(temp, 0xee, need);
   in_second = (bits + 7) / 8 % 2 == 1;
+  if (device().recording != nullptr) {
+    device().recording->push_back(
+        [=, k0 = keys[0], k1 = keys[1], p0 = payloads[0], p1 = payloads[1]] {
+          Key* const both_keys[2] = {k0, k1};
+          Payload* const both_payloads[2] = {p0, p1};
+          std::size_t bytes = need;
+          bool second = false;
+          radix_sort_pairs(temp, bytes, both_keys, both_payloads, count, bits, second, nullptr);
+        });
+    return cudaSuccess;
+  }
+  std::memset(temp, 0xee, need);
   const auto n = static_cast<std::size_t>(count);
   const Key mask =
       bits >= static_cast<int>(8 * sizeof(Key)) ? static_cast<Key>(~Key{0}) : (Key{1} << bits) - 1;

@@ -30,6 +30,21 @@ TEST(DeviceTuning, LanesHoldTheRow) {
   static_assert(device::lanes_for(64, 4) == 16 && device::lanes_for(128, 8) == 16);
 }
 
+// The mean of squares is added over these lanes: another choice would give other bits.
+TEST(DeviceTuning, LanesThatUpdateARow) {
+  static_assert(device::update_lanes_for(1, 4) == 1 && device::update_lanes_for(16, 4) == 4 &&
+                device::update_lanes_for(32, 4) == 8 && device::update_lanes_for(64, 4) == 8 &&
+                device::update_lanes_for(65, 4) == 16 && device::update_lanes_for(128, 4) == 16 &&
+                device::update_lanes_for(256, 4) == 32 && device::update_lanes_for(9999, 4) == 32);
+  static_assert(device::update_lanes_for(64, 8) == 8 && device::update_lanes_for(128, 8) == 8 &&
+                device::update_lanes_for(256, 8) == 16 && device::update_lanes_for(257, 8) == 32);
+  for (const int block : {4, 8}) {
+    for (int dim = 1; dim < 1000; ++dim) {
+      EXPECT_LE(device::update_lanes_for(dim, block), device::update_lanes_for(dim + 1, block));
+    }
+  }
+}
+
 TEST(DeviceTuning, LaunchesAreNeverEmptyAndNeverTooLarge) {
   for (const std::int64_t items : {0ll, 1ll, 127ll, 128ll, 129ll, 10000000ll, 1ll << 40}) {
     const Launch flat = choose_flat(items, kLarge);
@@ -55,14 +70,17 @@ TEST(DeviceTuning, SumsFitInSharedMemoryOrGoToTheWorkspace) {
       if (a.sums_in_workspace) {
         EXPECT_EQ(a.launch.threads, 32);
         EXPECT_GE(a.workspace_floats, a.launch.blocks * device::sum_stride(widest));
+        for (int dim = 1; dim <= 600; ++dim) {
+          const int tiles = 32 / device::update_lanes_for(dim, block);
+          ASSERT_GE(a.workspace_floats, a.launch.blocks * tiles * device::sum_stride(dim));
+        }
         continue;
       }
       EXPECT_LE(a.launch.shared_bytes, device::kMaxShared);
       // Every dim up to the widest has room, in as many tiles as the block then has.
-      for (const int dim : {1, 2, widest / 3, widest / 2, widest}) {
-        if (dim < 1) continue;
-        const int tiles = a.launch.threads / device::lanes_for(dim, block);
-        EXPECT_LE(500 + tiles * device::sum_stride(dim) * 4, a.launch.shared_bytes)
+      for (int dim = 1; dim <= widest; dim += dim < 600 || dim + 100 > widest ? 1 : 100) {
+        const int tiles = a.launch.threads / device::update_lanes_for(dim, block);
+        ASSERT_LE(500 + tiles * device::sum_stride(dim) * 4, a.launch.shared_bytes)
             << "dim " << dim << " of " << widest;
       }
     }

@@ -1,5 +1,6 @@
 #include <coldrow/host/apply.hpp>
 
+#include "../support.hpp"
 #include "batches.hpp"
 
 namespace coldrow_test {

@@ -3,7 +3,7 @@
 
 #include <coldrow/host/segment.hpp>
 
-#include "../support.hpp"
+#include "../inputs.hpp"
 
 namespace coldrow_test {
 

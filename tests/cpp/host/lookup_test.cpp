@@ -1,5 +1,6 @@
 #include <coldrow/host/lookup.hpp>
 
+#include "../support.hpp"
 #include "batches.hpp"
 
 namespace coldrow_test {

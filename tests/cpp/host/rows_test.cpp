@@ -1,6 +1,7 @@
 #include <coldrow/host/rows.hpp>
 
 #include "../optimizers.hpp"
+#include "../support.hpp"
 #include "batches.hpp"
 
 namespace coldrow_test {

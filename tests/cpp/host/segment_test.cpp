@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <coldrow/host/segment.hpp>
 
+#include "../support.hpp"
 #include "batches.hpp"
 
 namespace coldrow_test {

@@ -30,6 +30,14 @@ TEST(Math, Exp2IsZeroBelowTheSmallestNormal) {
   }
 }
 
+TEST(Math, Exp2OfAPositiveNumberIsNone) {
+  for (const double x : {1e-300, 0.5, 1.0, 1e10, 1e308, kInf, std::nan("")}) {
+    EXPECT_TRUE(std::isnan(exp2_fixed(x))) << x;
+  }
+  EXPECT_EQ(exp2_fixed(0.0), 1.0);
+  EXPECT_EQ(exp2_fixed(-0.0), 1.0);
+}
+
 TEST(Math, IsFinite) {
   for (const float x :
        {0.0f, -0.0f, 1.0f, std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest(),
