@@ -5,6 +5,9 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
+# Where nvcc is, coldrow is built for CUDA too: here for one architecture, elsewhere for the common ones.
+CUDA_ARCHITECTURES ?= 90
+
 SOURCES := $(shell find include bindings python/coldrow -type f -not -name '*.pyc') \
            CMakeLists.txt pyproject.toml
 
@@ -43,7 +46,18 @@ $(VENV)/.requirements: requirements-dev.txt constraints.txt requirements-data.tx
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	@$(BIN)/python -m pip uninstall -qq -y coldrow
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
-	    -C cmake.define.COLDROW_WERROR=ON .
+	    -C cmake.define.COLDROW_WERROR=ON \
+	    -C cmake.define.COLDROW_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" .
+	@touch $@
+
+# The CUDA module's sources, compiled for the stand-in (tests/cpp/device/simt.hpp). Never installed.
+STAND_IN := $(CURDIR)/build/stand-in
+$(STAND_IN)/.built: $(VENV)/.requirements $(SOURCES) tests/cpp/device/simt.hpp tests/stand_in/runtime.hpp
+	@mkdir -p $(STAND_IN)
+	@PATH="$(BIN):$$PATH" $(CMAKE) -S . -B $(STAND_IN) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCOLDROW_PYTHON=ON \
+	    -DCOLDROW_CUDA=OFF -DCOLDROW_STAND_IN=ON -DCOLDROW_WERROR=ON >$(STAND_IN)/configure.log \
+	  || { cat $(STAND_IN)/configure.log; exit 1; }
+	PATH="$(BIN):$$PATH" $(CMAKE) --build $(STAND_IN) --target stand_in
 	@touch $@
 
 demo: build
@@ -68,8 +82,13 @@ plots: build
 
 test: test-python test-cpp
 
-test-python: build
-	$(BIN)/python -m pytest $(ARGS)
+# The second run goes through the CUDA module on the tests' stand-in for a device.
+test-python: build $(STAND_IN)/.built
+	COLDROW_STAND_IN=$(STAND_IN)/stand_in $(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest --stand-in $(STAND_IN)/stand_in $(ON_STAND_IN))
+
+ON_STAND_IN := $(addprefix tests/python/test_,golden.py properties.py module.py bad_input.py optim.py \
+                 optimizers.py decay.py rounding.py read_charging.py embedding.py compile.py)
 
 # The C++ tests need GoogleTest from the system. Without it this says so and goes on, unless
 # COLDROW_REQUIRE_ALL_TESTS is set (as CI does).
@@ -209,7 +228,7 @@ $(FBGEMM)/.requirements:
 
 $(FBGEMM)/.installed: $(FBGEMM)/.requirements $(VENV)/.requirements $(SOURCES)
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps \
-	    -C cmake.define.COLDROW_WERROR=ON -w $(FBGEMM)/wheel .
+	    -C cmake.define.COLDROW_WERROR=ON -C cmake.define.COLDROW_CUDA=OFF -w $(FBGEMM)/wheel .
 	$(FBGEMM)/bin/python -m pip install -q --no-deps --force-reinstall $(FBGEMM)/wheel/coldrow-*.whl
 	@touch $@
 

@@ -6,23 +6,33 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <coldrow/reference.hpp>
 #include <cstdlib>
 
 #include "call.hpp"
 #include "table_batch.hpp"
 
 namespace coldrow_module {
+
+StateArgs state_of(const UpdateArgs& update) { return kernels->state(update); }
+
+const char* const kMemory = "CPU memory";
+
+void require_reachable(const char* name, int device_type, int device_id) {
+  if (device_type == nb::device::cpu::value || device_type == 3 /* pinned host memory */) return;
+  const std::string place = device_type == nb::device::cuda::value
+                                ? "cuda:" + std::to_string(device_id)
+                                : "device type " + std::to_string(device_type);
+  throw nb::value_error(
+      (std::string(name) + ": is on " + place + ", accepted: cpu, as the arrays before it")
+          .c_str());
+}
+
 namespace {
 
 using namespace nb::literals;
 
 // ------------------------------------------------------------------------------------- functional
-
-FeatureArgs only_feature(const Call& call) {
-  const std::int64_t n = call.batch.positions;
-  const std::int32_t dim = call.tables[0].dim;
-  return {0, dim, 0, n, 0, n, 0, 0, dim};
-}
 
 // One step on one table, taken and checked.
 struct Step {
@@ -44,13 +54,8 @@ Step take_step(const Update& update, nb::handle weight, nb::handle grad, nb::han
   take_prev_iter(call, table, prev_iter, Access::write);
   take_state(call, table, update, state);
   set_policy(table, update, lr);
-  take_indices(call, indices);
-  call.features.push_back(only_feature(call));
-  s.grad = take_array(grad, "grad", Access::read);
-  s.grad.require_shape({call.batch.positions, table.dim}, "one row per index");
-  s.grad.require_contiguous();
-  s.grad.numeric();
-  call.read.push_back(s.grad);
+  take_rows(call, indices);
+  s.grad = take_by_index(call, grad, "grad", Access::read);
   finish(call, step, epoch_start);
   check_batch(call);
   call.check_overlap(true);
@@ -60,12 +65,13 @@ Step take_step(const Update& update, nb::handle weight, nb::handle grad, nb::han
 std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
                    nb::sequence state, nb::handle prev_iter, std::int64_t step, double lr,
                    std::int64_t epoch_start, const std::string& on_nonfinite,
-                   std::uint64_t table_key, std::int64_t row_offset, std::int64_t col_offset) {
+                   std::uint64_t table_key, std::int64_t row_offset, std::int64_t col_offset,
+                   bool check_step, bool check_only) {
   Step s = take_step(update, weight, grad, indices, state, prev_iter, step, lr, epoch_start,
                      table_key, row_offset, col_offset);
   Scratch scratch;
-  const Claim claim(s.call.memory(), true);
-  return run_update(s.call, s.grad, on_nonfinite, true, false, scratch);
+  const Claim claim(memory_of(s.call), true);
+  return run_update(s.call, s.grad, on_nonfinite, check_step, check_only, scratch);
 }
 
 // One step on several tables: all of it, or none. steps: (update, weight, grad, indices, state, prev_iter,
@@ -80,7 +86,7 @@ std::int64_t apply_steps(nb::sequence steps, std::int64_t step, std::int64_t epo
     taken.push_back(take_step(nb::cast<const Update&>(s[0]), s[1], s[2], s[3],
                               nb::cast<nb::sequence>(s[4]), s[5], step, nb::cast<double>(s[6]),
                               epoch_start, nb::cast<std::uint64_t>(s[7]), 0, 0));
-    const auto ranges = taken.back().call.memory();
+    const auto ranges = memory_of(taken.back().call);
     memory.insert(memory.end(), ranges.begin(), ranges.end());
     most = std::max(most, kernels->update_bytes(taken.back().call.batch));
   }
@@ -109,21 +115,16 @@ void read(const Update& update, nb::handle out, nb::handle weight, nb::handle in
   take_weight(call, table, weight, Access::read);
   take_prev_iter(call, table, prev_iter, Access::read);
   set_policy(table, update, lr);
-  take_indices(call, indices);
-  call.features.push_back(only_feature(call));
-  const Array o = take_array(out, "out", Access::write);
-  o.require_shape({call.batch.positions, table.dim}, "one row per index");
-  o.require_contiguous();
-  const DType out_type = o.numeric();
-  call.written.push_back(o);
+  take_rows(call, indices);
+  const Array o = take_by_index(call, out, "out", Access::write);
   finish(call, step, epoch_start);
   check_batch(call);
   call.check_overlap(true);
   Scratch scratch;
   void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, true));
-  const Claim claim(call.memory(), false);
+  const Claim claim(memory_of(call), false);
   nb::gil_scoped_release release;
-  kernels->lookup(call.batch, true, o.data, out_type, workspace);
+  kernels->lookup(call.batch, true, o.data, o.numeric(), workspace);
 }
 
 // A claim on tables while Python code works on them: with HeldTables(weights, write): ...
@@ -135,7 +136,7 @@ class HeldTables {
       Call call;
       take_weight(call, table, weight, write ? Access::write : Access::read);
       call.tables.push_back(table);
-      const auto range = call.memory();
+      const auto range = memory_of(call);
       ranges_.insert(ranges_.end(), range.begin(), range.end());
     }
   }
@@ -149,6 +150,43 @@ class HeldTables {
 };
 
 // -------------------------------------------------------------------------------------- reference
+
+coldrow::reference::Update reference_of(const UpdateArgs& args) {
+  using Kind = coldrow::reference::OptimizerKind;
+  coldrow::reference::Optimizer o{args.eps, args.beta1, args.beta2};
+  switch (args.optimizer) {
+    case OptimizerKind::sgd:
+      o.kind = Kind::sgd;
+      break;
+    case OptimizerKind::rowwise_rmsprop:
+      break;
+    case OptimizerKind::rowwise_adagrad:
+      o.kind = Kind::rowwise_adagrad;
+      break;
+    case OptimizerKind::adagrad:
+      o.kind = Kind::adagrad;
+      break;
+    case OptimizerKind::adam:
+    case OptimizerKind::adam_by_touches:
+      o.kind = Kind::adam;
+      o.count_touches = args.optimizer == OptimizerKind::adam_by_touches;
+      break;
+    case OptimizerKind::partial_rowwise_adam:
+    case OptimizerKind::partial_rowwise_adam_by_touches:
+      o.kind = Kind::partial_rowwise_adam;
+      o.count_touches = args.optimizer == OptimizerKind::partial_rowwise_adam_by_touches;
+      break;
+    case OptimizerKind::external:
+      bad_value("optimizer: compiled at run time, so the float64 reference does not know it");
+  }
+  if (args.decay == DecayName::external) {
+    bad_value("decay: compiled at run time, so the float64 reference does not know it");
+  }
+  return {o,
+          {static_cast<coldrow::DecayKind>(args.decay), args.epoch_gated, args.alpha,
+           args.min_shrinkage, args.weight_decay, args.half_life},
+          args.decay_state};
+}
 
 void reference_apply(const Update& update, nb::handle weight, nb::handle grad, nb::handle indices,
                      nb::dict state, std::int64_t step, double lr, std::int64_t epoch_start) {
@@ -178,7 +216,7 @@ void reference_apply(const Update& update, nb::handle weight, nb::handle grad, n
       to = static_cast<double*>(a.data);
     }
   };
-  const auto reference = update.reference();
+  const auto reference = reference_of(update.args);
   take_all(update.scalar_states, true);
   take_all(update.vector_states, false);
   const auto* index = static_cast<const std::int64_t*>(i.data);
@@ -216,36 +254,13 @@ NB_MODULE(_core, m) {
     Claim::forget_all();
   });
 
-  nb::class_<Update>(m, "Update", "The compiled form of coldrow.RowUpdate.")
-      .def(
-          "__init__",
-          [](Update* self, const std::string& optimizer, double eps, double beta1, double beta2,
-             std::uintptr_t external_optimizer, const nb::bytes& optimizer_policy,
-             const std::string& decay, bool epoch_gated, double alpha, double min_shrinkage,
-             double weight_decay, double half_life, std::uintptr_t external_decay,
-             const nb::bytes& decay_policy, const std::string& rounding, std::uint64_t seed,
-             bool decay_state) {
-            new (self) Update(make_update(optimizer, eps, beta1, beta2, external_optimizer,
-                                          optimizer_policy, decay, epoch_gated, alpha,
-                                          min_shrinkage, weight_decay, half_life, external_decay,
-                                          decay_policy, rounding, seed, decay_state));
-          },
-          nb::kw_only(), "optimizer"_a, "eps"_a = 0.0, "beta1"_a = 0.0, "beta2"_a = 0.0,
-          "external_optimizer"_a = 0, "optimizer_policy"_a = nb::bytes("", 0), "decay"_a,
-          "epoch_gated"_a = false, "alpha"_a = 0.0, "min_shrinkage"_a = 0.0, "weight_decay"_a = 0.0,
-          "half_life"_a = 0.0, "external_decay"_a = 0, "decay_policy"_a = nb::bytes("", 0),
-          "rounding"_a, "seed"_a = 0, "decay_state"_a = false)
-      .def_prop_ro(
-          "scalar_states", [](const Update& u) { return u.scalar_states; },
-          "Names of the optimizer's state arrays of one float32 per row.")
-      .def_prop_ro(
-          "vector_states", [](const Update& u) { return u.vector_states; },
-          "Names of its element-wise state arrays.");
+  bind_update(m);
 
   m.def("apply", &apply, "update"_a, "weight"_a.none(), "grad"_a.none(), "indices"_a.none(),
         "state"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a, "on_nonfinite"_a,
-        "table"_a, "row_offset"_a, "col_offset"_a,
-        "One step on one table, in place. Returns the number of rows skipped as non-finite.");
+        "table"_a, "row_offset"_a, "col_offset"_a, "check_step"_a, "check_only"_a,
+        "One step on one table, in place, or only its checks. Returns the number of rows skipped "
+        "as non-finite.");
   m.def("apply_steps", &apply_steps, "steps"_a, "step"_a, "epoch_start"_a, "on_nonfinite"_a,
         "clock"_a.none(), "nonfinite"_a.none(),
         "One step on several tables, in place: all of it, or none. Returns the number of rows "
@@ -298,7 +313,8 @@ NB_MODULE(_core, m) {
       "reference_read_factor",
       [](const Update& u, std::int64_t prev_iter, std::int64_t step, double lr,
          std::int64_t epoch_start) {
-        return coldrow::reference::read_factor(u.reference(), prev_iter, step, lr, epoch_start);
+        return coldrow::reference::read_factor(reference_of(u.args), prev_iter, step, lr,
+                                               epoch_start);
       },
       "update"_a, "prev_iter"_a.none(), "step"_a, "lr"_a, "epoch_start"_a,
       "The float64 reference of what a read-charged forward multiplies a row by.");

@@ -1,75 +1,54 @@
-// Lookup and update of several tables and features in one call.
+// Lookup and update of several tables and features in one call, on the processor.
 #pragma once
 
 #include "call.hpp"
+#include "tables.hpp"
 
 namespace coldrow_module {
 
-// Tables and features of a TableBatchedEmbeddingBags: names and layout, no arrays.
-class TableBatch {
+class TableBatch : public Tables {
  public:
-  // row_offsets, col_offsets: where each table begins in the one it is a shard of; empty: all whole.
-  TableBatch(std::vector<std::string> names, std::vector<std::uint64_t> keys,
-             std::vector<std::int32_t> feature_tables, std::vector<std::int64_t> row_offsets,
-             std::vector<std::int64_t> col_offsets)
-      : names_(std::move(names)),
-        keys_(std::move(keys)),
-        feature_tables_(std::move(feature_tables)),
-        row_offsets_(std::move(row_offsets)),
-        col_offsets_(std::move(col_offsets)) {
-    if (row_offsets_.empty()) row_offsets_.resize(names_.size());
-    if (col_offsets_.empty()) col_offsets_.resize(names_.size());
-    if (names_.size() != keys_.size()) bad_value("keys: accepted: one per table");
-    if (names_.size() != row_offsets_.size() || names_.size() != col_offsets_.size()) {
-      bad_value("row_offsets, col_offsets: accepted: one per table, or none");
-    }
-    for (const std::int32_t t : feature_tables_) {
-      if (t < 0 || static_cast<std::size_t>(t) >= names_.size()) {
-        bad_value("feature_tables: got " + std::to_string(t) + ", accepted: a table's number");
-      }
-    }
-  }
+  using Tables::Tables;
 
   void lookup(nb::sequence weights, nb::sequence prev_iters, nb::sequence updates,
-              std::vector<double> lrs, nb::handle indices, nb::handle offsets,
+              const std::vector<double>& lrs, nb::handle indices, nb::handle offsets,
               nb::handle per_sample_weights, nb::handle batch_sizes, const std::string& pooling,
               bool read, std::int64_t step, std::int64_t epoch_start, nb::handle out) {
-    Call call = begin(weights, prev_iters, updates, lrs, read, indices, offsets, per_sample_weights,
-                      batch_sizes, pooling, step, epoch_start);
+    Call call = begin(weights, prev_iters, updates, read, indices, offsets, per_sample_weights,
+                      batch_sizes, pooling);
+    locate(call, lrs, read, step, epoch_start);
     const Array o = take_array(out, "out", Access::write);
-    require_elements(o, call);
+    require_elements(o, elements(call));
     const DType out_type = o.numeric();
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
-    const Claim claim(call.memory(), false);
+    const Claim claim(memory_of(call), false);
     nb::gil_scoped_release release;
     kernels->lookup(call.batch, read, o.data, out_type, workspace);
   }
 
   void weight_gradients(nb::sequence weights, nb::sequence prev_iters, nb::sequence updates,
-                        std::vector<double> lrs, nb::handle indices, nb::handle offsets,
+                        const std::vector<double>& lrs, nb::handle indices, nb::handle offsets,
                         nb::handle batch_sizes, const std::string& pooling, bool read,
                         std::int64_t step, std::int64_t epoch_start, nb::handle grad,
                         nb::handle out) {
-    Call call = begin(weights, prev_iters, updates, lrs, read, indices, offsets, nb::none(),
-                      batch_sizes, pooling, step, epoch_start);
+    Call call = begin(weights, prev_iters, updates, read, indices, offsets, nb::none(), batch_sizes,
+                      pooling);
+    locate(call, lrs, read, step, epoch_start);
     const Array g = take_array(grad, "grad", Access::read);
-    require_elements(g, call);
+    require_elements(g, elements(call));
     const DType grad_type = g.numeric();
-    const Array o = take_array(out, "out", Access::write);
-    o.require_shape({call.batch.positions}, "one per index");
-    o.require_contiguous();
-    o.require_dtype("float32");
+    const Array o = take_weights_gradient(call, out);
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
-    const Claim claim(call.memory(), false);
+    const Claim claim(memory_of(call), false);
     nb::gil_scoped_release release;
     kernels->weight_gradients(call.batch, read, g.data, grad_type, static_cast<float*>(o.data),
                               workspace);
   }
 
   std::int64_t update(nb::sequence weights, nb::sequence states, nb::sequence prev_iters,
-                      nb::sequence updates, std::vector<double> lrs, nb::handle indices,
+                      nb::sequence updates, const std::vector<double>& lrs, nb::handle indices,
                       nb::handle offsets, nb::handle per_sample_weights, nb::handle batch_sizes,
                       const std::string& pooling, std::int64_t step, std::int64_t epoch_start,
                       nb::handle grad, const std::string& on_nonfinite, bool check_only,
@@ -78,19 +57,17 @@ class TableBatch {
     if (!lock.owns_lock()) {
       throw std::runtime_error("these tables are being updated by another thread");
     }
-    Call call = begin(weights, prev_iters, updates, lrs, true, indices, offsets, per_sample_weights,
-                      batch_sizes, pooling, step, epoch_start, Access::write);
-    for (std::size_t t = 0; t < names_.size(); ++t) {
-      take_state(call, call.tables[t], nb::cast<const Update&>(updates[t]),
-                 nb::cast<nb::sequence>(states[t]));
-    }
+    Call call = begin(weights, prev_iters, updates, true, indices, offsets, per_sample_weights,
+                      batch_sizes, pooling, Access::write);
+    locate(call, lrs, true, step, epoch_start);
+    take_states(call, states, updates);
     const Array g = take_array(grad, "grad", Access::read);
-    require_elements(g, call);
+    require_elements(g, elements(call));
     call.read.push_back(g);
     call.check_overlap(false);
     const Counters counters{Counters::take(clock, "clock"),
                             Counters::take(nonfinite, "nonfinite_rows")};
-    const Claim claim(call.memory(), true);
+    const Claim claim(memory_of(call), true);
     counters.require_before(step);
     const std::int64_t skipped = run_update(call, g, on_nonfinite, false, check_only, scratch_);
     if (!check_only) counters.count(step, skipped);
@@ -98,123 +75,25 @@ class TableBatch {
   }
 
  private:
-  static void require_elements(const Array& a, const Call& call) {
-    std::int64_t want = 0;
-    for (const FeatureArgs& f : call.features) {
-      want += (call.batch.pooled ? f.bags : f.positions) * f.dim;
-    }
-    a.require_contiguous();
-    if (a.size() != want) {
-      bad_value(std::string(a.name) + ": got " + a.describe() +
-                ", accepted: " + std::to_string(want) + " elements for this batch");
-    }
-  }
-
-  Call begin(nb::sequence weights, nb::sequence prev_iters, nb::sequence updates,
-             const std::vector<double>& lrs, bool with_state, nb::handle indices,
-             nb::handle offsets, nb::handle per_sample_weights, nb::handle batch_sizes,
-             const std::string& pooling_name, std::int64_t step, std::int64_t epoch_start,
-             Access access = Access::read) const {
-    const Pooling pooling = to_pooling(pooling_name);
-    Call call;
-    call.tables.resize(names_.size());
-    for (std::size_t t = 0; t < names_.size(); ++t) {
-      TableArgs& table = call.tables[t];
-      table.name = names_[t].c_str();
-      table.key = keys_[t];
-      table.row_offset = row_offsets_[t];
-      table.col_offset = col_offsets_[t];
-      take_weight(call, table, weights[t], access);
-      if (with_state) {
-        take_prev_iter(call, table, prev_iters[t], access);
-        set_policy(table, nb::cast<const Update&>(updates[t]), lrs.at(t));
-      }
-    }
-    take_indices(call, indices);
-    const Array& o = call.keep(call.read, take_array(offsets, "offsets", Access::read));
-    o.require_shape({-1}, "number of bags + 1");
-    o.require_contiguous();
-    if (o.integer() != call.batch.index_type) {
-      throw nb::type_error(("offsets: got dtype " + o.dtype + ", accepted: the dtype of indices, " +
-                            call.read[call.read.size() - 2].dtype)
-                               .c_str());
-    }
-    const std::int64_t bags = o.shape[0] - 1;
-    if (bags > INT_MAX) {
-      bad_value("offsets: got " + o.describe() + ", accepted: at most 2**31 - 1 bags in one batch");
-    }
-    const auto num_features = static_cast<std::int64_t>(feature_tables_.size());
-    call.batch.offsets = o.data;
-    call.batch.bags = bags;
-    call.batch.pooled = pooling != Pooling::none;
-    call.batch.mean = pooling == Pooling::mean;
-
-    std::vector<std::int64_t> sizes;
-    if (batch_sizes.is_none()) {
-      if (bags < 0 || (num_features > 0 && bags % num_features != 0)) {
-        bad_value("offsets: got " + o.describe() + ", accepted: a length of " +
-                  std::to_string(num_features) + " features * batch + 1");
-      }
-      sizes.assign(feature_tables_.size(), num_features > 0 ? bags / num_features : 0);
-    } else {
-      sizes = nb::cast<std::vector<std::int64_t>>(batch_sizes);
-      std::int64_t sum = 0;
-      for (const std::int64_t b : sizes) {
-        if (b < 0 || b > bags) {  // (larger ones could add up to anything)
-          bad_value("batch_sizes: got " + std::to_string(b) + ", accepted: 0 to " +
-                    std::to_string(bags) + ", the number of bags");
-        }
-        sum += b;
-      }
-      if (static_cast<std::int64_t>(sizes.size()) != num_features || sum != bags) {
-        bad_value("batch_sizes: got " + std::to_string(sizes.size()) + " sizes that add up to " +
-                  std::to_string(sum) + ", accepted: one per feature (" +
-                  std::to_string(num_features) +
-                  "), adding up to len(offsets) - 1 = " + std::to_string(bags));
-      }
-    }
-    if (!per_sample_weights.is_none()) {
-      if (pooling != Pooling::sum) {
-        bad_value("per_sample_weights: given with pooling='" + pooling_name +
-                  "', accepted: with pooling='sum' only");
-      }
-      const Array& p =
-          call.keep(call.read, take_array(per_sample_weights, "per_sample_weights", Access::read));
-      p.require_shape({call.batch.positions}, "one per index");
-      p.require_contiguous();
-      p.require_dtype("float32");
-      call.batch.per_sample_weights = static_cast<const float*>(p.data);
-    }
-
-    std::int64_t total_dim = 0;
-    for (const std::int32_t t : feature_tables_) total_dim += call.tables[t].dim;
-    std::int64_t first_bag = 0, column = 0;
-    for (std::size_t f = 0; f < sizes.size(); ++f) {
-      const std::int32_t dim = call.tables[feature_tables_[f]].dim;
-      FeatureArgs feature{feature_tables_[f], dim,    first_bag, sizes[f], 0, 0,
-                          first_bag,          column, total_dim};
-      call.features.push_back(feature);
-      first_bag += sizes[f];
-      column += dim;
+  // Step and lr, then the batch's values: where features lie is known after that.
+  static void locate(Call& call, const std::vector<double>& lrs, bool with_lrs, std::int64_t step,
+                     std::int64_t epoch_start) {
+    for (std::size_t t = 0; with_lrs && t < call.tables.size(); ++t) {
+      call.tables[t].lr = to_lr(lrs.at(t));
     }
     finish(call, step, epoch_start);
-    check_batch(call);  // also finds where each feature's indices lie
-    if (!batch_sizes.is_none() || pooling == Pooling::none) {  // flat output, feature after feature
-      std::int64_t offset = 0;
-      for (FeatureArgs& f : call.features) {
-        f.out_offset = offset;
-        f.out_stride = f.dim;
-        if (pooling == Pooling::none) f.first_row = f.first_position;
-        offset += (call.batch.pooled ? f.bags : f.positions) * f.dim;
-      }
-    }
-    return call;
+    check_batch(call);
+    if (!call.batch.pooled) flatten(call);
   }
 
-  std::vector<std::string> names_;
-  std::vector<std::uint64_t> keys_;
-  std::vector<std::int32_t> feature_tables_;
-  std::vector<std::int64_t> row_offsets_, col_offsets_;
+  static std::int64_t elements(const Call& call) {
+    std::int64_t count = 0;
+    for (const FeatureArgs& f : call.features) {
+      count += (call.batch.pooled ? f.bags : f.positions) * f.dim;
+    }
+    return count;
+  }
+
   Scratch scratch_;
   std::mutex busy_;
 };

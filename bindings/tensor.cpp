@@ -74,13 +74,8 @@ std::string dpython_type_name(nb::dlpack::dtype t) {
 }
 
 void fill(Array& a, const dltensor& t) {
-  const int device = t.device.device_type;
-  if (device != nb::device::cpu::value && device != 3 /* pinned host memory */) {
-    throw nb::value_error((std::string(a.name) + ": is on device type " + std::to_string(device) +
-                           " (2 is CUDA), accepted: CPU memory. This build of coldrow has no CUDA "
-                           "support (see coldrow.cuda.is_built()).")
-                              .c_str());
-  }
+  require_reachable(a.name, t.device.device_type, t.device.device_id);
+  a.device = t.device.device_id;
   if (t.ndim > 4) {
     throw nb::value_error((std::string(a.name) + ": has " + std::to_string(t.ndim) +
                            " dimensions, accepted: at most 2")
@@ -99,7 +94,8 @@ void fill(Array& a, const dltensor& t) {
   if (a.data == nullptr && a.size() > 0) {
     throw nb::value_error((std::string(a.name) +
                            ": has no memory behind it (a fake or meta tensor?), accepted: an array "
-                           "in CPU memory")
+                           "in " +
+                           kMemory)
                               .c_str());
   }
   if (a.item_size > 0 && reinterpret_cast<std::uintptr_t>(a.data) % a.item_size != 0) {
@@ -233,7 +229,7 @@ Array take_array(nb::handle object, const char* name, Access access) {
       PyErr_Clear();
       const nb::str device(nb::object(object.attr("device")));
       throw nb::value_error((std::string(name) + ": has no memory to be read (device " +
-                             device.c_str() + "), accepted: an array in CPU memory")
+                             device.c_str() + "), accepted: an array in " + kMemory)
                                 .c_str());
     }
     fill(a, t);

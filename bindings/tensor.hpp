@@ -28,6 +28,7 @@ struct Array {
   std::int64_t shape[4] = {};
   std::int64_t strides[4] = {};  // in elements
   std::int64_t item_size = 0;
+  int device = 0;    // number of the device, where the module's arrays are on one
   nb::object owner;  // keeps a borrowed view alive
 
   std::int64_t size() const;
@@ -41,6 +42,11 @@ struct Array {
   IndexType integer() const;  // int32, int64
   void require_dtype(const char* accepted) const;
 };
+
+// Which memory the kernels of this module work in: each module defines both. device_type and
+// device_id are DLPack's; require_reachable() throws unless the kernels can follow such pointers.
+extern const char* const kMemory;
+void require_reachable(const char* name, int device_type, int device_id);
 
 Array take_array(nb::handle object, const char* name, Access access);
 

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from coldrow import _core
 from coldrow.functional import integer, one_of
-from coldrow.nn.autograd import Batch, Ticket, check_same_tables
+from coldrow.nn.autograd import Ticket, check_same_tables
+from coldrow.nn.kernels import Batch
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
 from coldrow.policies import SGD, RowUpdate, compiled, number
@@ -266,6 +267,10 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             "from_torch: accepted: build RowShardedEmbeddingBags, then load_state_dict() with the "
             "state_dict of TableBatchedEmbeddingBags.from_torch()"
         )
+
+    def _require_device(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"device: got {str(device)!r}, accepted: 'cpu' (shards live there)")
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -1,7 +1,8 @@
 """One step on one table, in place, on any array: torch, NumPy, CuPy or other DLPack.
 
 Nothing here imports torch. All arguments are checked before anything is written: bad input raises one
-exception that names the argument, what was given and what is accepted.
+exception that names the argument, what was given and what is accepted. On a CUDA device these calls run on
+the current stream of the array's library and wait for what they find.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from coldrow import _core
+from coldrow._engines import HOST, Engine, RowStep, engine_of, torch_of
 from coldrow.policies import (
     LinearClipped,
     Nearest,
@@ -70,15 +71,9 @@ def listed(name: str, given: Any, accepted: str) -> list[Any]:
         raise TypeError(f"{name}: got {given!r}, accepted: {accepted}") from None
 
 
-def _torch_tensor(array: Any) -> Any:
-    """Return the torch module if ``array`` is a torch tensor, else None; never imports torch."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and isinstance(array, torch.Tensor) else None
-
-
 def _checked(name: str, array: Any, *, written: bool) -> Any:
     """Refuse the torch tensors whose memory does not mean what it seems to."""
-    torch = _torch_tensor(array)
+    torch = torch_of(array)
     if torch is None:
         return array
     if array.layout != torch.strided:
@@ -114,7 +109,7 @@ def _checked(name: str, array: Any, *, written: bool) -> Any:
 def bump_versions(*arrays: Any) -> None:
     """Tell autograd that these tensors changed."""
     for array in arrays:
-        torch = _torch_tensor(array)
+        torch = torch_of(array)
         if torch is not None and not array.is_inference():
             torch.autograd.graph.increment_version(array)
 
@@ -177,7 +172,7 @@ def apply_(
             a non-finite update under ``"raise"``.
         IndexError: an index outside ``[0, E)``.
     """
-    torch = _torch_tensor(weight)
+    torch = torch_of(weight)
     if torch is not None and torch.compiler.is_compiling():
         from coldrow.nn.ops import traced_apply as apply
     else:
@@ -215,49 +210,41 @@ def apply_now(
 ) -> None:
     """Do what :func:`apply_` says."""
     arrays, prev_iter = _state_arrays(_check_update(update), state)
-    _core.apply(
-        compiled(update),
-        _checked("weight", weight, written=True),
-        _checked("grad", grad, written=False),
-        _checked("indices", indices, written=False),
-        arrays,
-        prev_iter,
-        integer("step", step, 1, LAST_STEP),
-        number("lr", update.optimizer.lr if lr is None else lr),
-        integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
-        one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
-        table_key(table),
-        integer("row_offset", row_offset, 0, 2**62),
-        integer("col_offset", col_offset, 0, 2**31),
+    engine_of("weight", weight).apply(
+        [
+            RowStep(
+                update,
+                _checked("weight", weight, written=True),
+                _checked("grad", grad, written=False),
+                _checked("indices", indices, written=False),
+                arrays,
+                prev_iter,
+                number("lr", update.optimizer.lr if lr is None else lr),
+                table_key(table),
+                integer("row_offset", row_offset, 0, 2**62),
+                integer("col_offset", col_offset, 0, 2**31),
+            )
+        ],
+        step=integer("step", step, 1, LAST_STEP),
+        epoch_start=integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
+        on_nonfinite=one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
+        check_step=True,
+        check_only=False,
     )
     bump_versions(weight, *state.values())
 
 
-@dataclass
-class SparseStep:
-    """One table's part in an optimizer step: the rows of its sparse gradient, and what they update."""
-
-    update: _core.Update
-    weight: Any
-    grad: Any  # [n, D]
-    indices: Any  # [n]
-    state: list[Any]  # the optimizer's
-    prev_iter: Any
-    lr: float
-    key: int
-
-    @staticmethod
-    def rows_of(grad: Any, name: str, accepted: str) -> tuple[Any, Any] | None:
-        """Return (values, indices) of a torch sparse gradient, None if it has none, or raise."""
-        if grad is None or (grad.is_sparse and grad._nnz() == 0):
-            return None
-        if not grad.is_sparse or grad.sparse_dim() != 1:
-            raise TypeError(f"{name}: got layout {grad.layout}, accepted: {accepted}")
-        return grad._values().contiguous(), grad._indices()[0].contiguous()
+def sparse_rows(grad: Any, name: str, accepted: str) -> tuple[Any, Any] | None:
+    """Return (values, indices) of a torch sparse gradient, None if it has none, or raise."""
+    if grad is None or (grad.is_sparse and grad._nnz() == 0):
+        return None
+    if not grad.is_sparse or grad.sparse_dim() != 1:
+        raise TypeError(f"{name}: got layout {grad.layout}, accepted: {accepted}")
+    return grad._values().contiguous(), grad._indices()[0].contiguous()
 
 
 def apply_steps(
-    steps: Sequence[SparseStep],
+    steps: Sequence[RowStep],
     *,
     step: int,
     epoch_start: int,
@@ -267,13 +254,45 @@ def apply_steps(
 ) -> int:
     """Apply all parts of an optimizer step, or raise before the first is written.
 
-    One native call, so that Ctrl-C comes before all of it or after. Sets ``clock`` (0-dim int64) to ``step``
+    One native call where all is in the processor's memory, so that Ctrl-C comes before all of it or after. Sets ``clock`` (0-dim int64) to ``step``
     and adds the number of rows skipped as non-finite to ``nonfinite``; returns it.
     """
-    parts = [
-        (s.update, s.weight, s.grad, s.indices, s.state, s.prev_iter, s.lr, s.key) for s in steps
-    ]
-    skipped: int = _core.apply_steps(parts, step, epoch_start, on_nonfinite, clock, nonfinite)
+    parts: dict[tuple[Engine, int], list[RowStep]] = {}
+    for s in steps:
+        engine = engine_of("weight", s.weight)
+        parts.setdefault((engine, engine.number(s.weight)), []).append(s)
+    if all(engine is HOST for engine, _ in parts):
+        skipped: int = _core.apply_steps(
+            [
+                (compiled(s.update), s.weight, s.grad, s.indices, s.state, s.prev_iter, s.lr, s.key)
+                for s in steps
+            ],
+            step,
+            epoch_start,
+            on_nonfinite,
+            clock,
+            nonfinite,
+        )
+        return skipped
+
+    def run(mode: str, check_only: bool) -> int:
+        return sum(
+            engine.apply(
+                some,
+                step=step,
+                epoch_start=epoch_start,
+                on_nonfinite=mode,
+                check_step=False,
+                check_only=check_only,
+            )
+            for (engine, _), some in parts.items()
+        )
+
+    run(on_nonfinite, True)
+    skipped = run("skip" if on_nonfinite == "raise" else on_nonfinite, False)
+    clock.fill_(step)
+    if nonfinite is not None:
+        nonfinite.add_(skipped)
     return skipped
 
 
@@ -378,15 +397,15 @@ def read_(
     """
     if not isinstance(state, Mapping) or "prev_iter" not in state:
         raise ValueError("state: got no prev_iter, accepted: a dict with 'prev_iter'")
-    _core.read(
-        compiled(_check_update(update)),
+    engine_of("weight", weight).read(
+        _check_update(update),
         _checked("out", out, written=True),
         _checked("weight", weight, written=False),
         _checked("indices", indices, written=False),
         _checked("prev_iter", state["prev_iter"], written=False),
-        integer("step", step, 1, LAST_STEP + 1),
-        number("lr", update.optimizer.lr if lr is None else lr),
-        integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
+        step=integer("step", step, 1, LAST_STEP + 1),
+        lr=number("lr", update.optimizer.lr if lr is None else lr),
+        epoch_start=integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
     )
     bump_versions(out)
 
@@ -407,7 +426,7 @@ def init_state(update: RowUpdate, num_rows: int, dim: int, like: Any) -> dict[st
     dim = integer("dim", dim, 1, MAX_DIM)
     num_rows = integer("num_rows", num_rows, 0, MAX_ELEMENTS // dim)
     shapes = _check_update(update).state_shapes(num_rows, dim)
-    torch = _torch_tensor(like)
+    torch = torch_of(like)
     if torch is not None:
         return {
             name: torch.zeros(

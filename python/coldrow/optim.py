@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coldrow._engines import RowStep
 from coldrow.functional import (
     LAST_STEP,
     ON_NONFINITE,
-    SparseStep,
     apply_steps,
     bump_versions,
     init_state,
     integer,
     listed,
     one_of,
+    sparse_rows,
 )
 from coldrow.policies import (
     LinearClipped,
@@ -28,7 +29,6 @@ from coldrow.policies import (
     Rounding,
     RowUpdate,
     RowwiseRMSprop,
-    compiled,
     number,
 )
 
@@ -148,7 +148,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             update, lr = self._update_of(group), number("lr", group["lr"])
             for p in group["params"]:
                 key += 1
-                rows = SparseStep.rows_of(
+                rows = sparse_rows(
                     p.grad,
                     "grad",
                     "sparse gradients (build the nn.Embedding or nn.EmbeddingBag with sparse=True)",
@@ -164,7 +164,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 self.state[p] = state
                 arrays = [state[n] for n in update.state_names if n != "prev_iter"]
                 prev_iter = state["prev_iter"]
-                steps.append(SparseStep(compiled(update), p, *rows, arrays, prev_iter, lr, key))
+                steps.append(RowStep(update, p, *rows, arrays, prev_iter, lr, key))
         self.nonfinite_rows += apply_steps(
             steps,
             step=step,

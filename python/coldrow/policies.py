@@ -586,12 +586,17 @@ def _repr_given(policy: Any) -> str:
     return f"{type(policy).__name__}({', '.join(given)})"
 
 
-@functools.lru_cache(maxsize=1024)
-def compiled(update: RowUpdate) -> _core.Update:
-    """Return the compiled form of an update (cached by value)."""
-    return _core.Update(
+def native_arguments(update: RowUpdate) -> dict[str, Any]:
+    """Return what the compiled form of an update is made of."""
+    return {
         **update.optimizer._native(),
         **update.decay._native(),
         **update.rounding._native(),
-        decay_state=update.decay_state,
-    )
+        "decay_state": update.decay_state,
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(update: RowUpdate) -> _core.Update:
+    """Return the compiled form of an update for the processor (cached by value)."""
+    return _core.Update(**native_arguments(update))

@@ -147,6 +147,10 @@ class _Shards(TableBatchedEmbeddingBags):
 
     _origin: tuple[list[str], list[int], list[int]] = ([], [], [])
 
+    def _require_device(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"device: got {str(device)!r}, accepted: 'cpu' (shards live there)")
+
     def _prepare(self) -> None:
         super()._prepare()
         names, rows, cols = self._origin

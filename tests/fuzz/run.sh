@@ -11,15 +11,16 @@ mkdir -p "$build/found"
 fuzz() { # name, seconds
   mkdir -p "$build/corpus/$1"
   "$build/tests/fuzz/$1_fuzz" -max_total_time="$2" -max_len=2000 -entropic=0 -timeout=60 -rss_limit_mb=3000 \
-    -artifact_prefix="$build/found/$1-" -print_final_stats=1 \
+    -artifact_prefix="$build/found/$1-" -print_final_stats=1 -seed="${FUZZ_SEED:-0}" \
     "$build/corpus/$1" "$here/corpus/$1" >"$build/$1.log" 2>&1 || { tail -60 "$build/$1.log"; return 1; }
   echo "$1: $(grep -E '^#[0-9]+.*DONE' "$build/$1.log" | tail -1)"
 }
 
-python_fuzz() { # Another seed each time round.
+python_fuzz() { # Another seed each time round, from FUZZ_SEED on if it is set.
   local end=$((SECONDS + $1)) rounds=0
   while [ "$SECONDS" -lt "$end" ]; do
-    COLDROW_FUZZ_EXAMPLES=100 "$python" -m pytest -x -p no:cacheprovider --hypothesis-seed="$RANDOM" \
+    COLDROW_FUZZ_EXAMPLES=100 "$python" -m pytest -x -p no:cacheprovider \
+      --hypothesis-seed="$((${FUZZ_SEED:-$RANDOM} + rounds))" \
       "$here/../python/test_rubbish.py" >"$build/python.log" 2>&1 \
       || { cat "$build/python.log"; return 1; }
     rounds=$((rounds + 1))

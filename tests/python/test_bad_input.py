@@ -14,11 +14,13 @@ import os
 import pathlib
 import resource
 import shutil
+import types
 
 import numpy as np
 import pytest
 
 import coldrow
+from coldrow import _engines
 
 torch = pytest.importorskip("torch")
 
@@ -423,12 +425,40 @@ class OnDevice:
         return capsule
 
 
-@pytest.mark.parametrize("name", ["weight", "grad", "indices", "momentum1", "prev_iter"])
-def test_array_on_a_device_this_build_does_not_serve(name):
+@pytest.mark.host_only
+@pytest.mark.parametrize("name", ["grad", "indices", "momentum1", "prev_iter"])
+def test_array_on_another_device_than_weight(name):
     arrays = make_arrays()
-    says = f"{name}: is on device type 2 ... accepted: CPU memory"
+    says = f"{name}: is on cuda:0 ... accepted: cpu"
     with refused(ValueError, says, unchanged=arrays.values()):
         call_apply(arrays | {name: OnDevice(arrays[name])})
+
+
+@pytest.mark.host_only
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (None, "this build has no CUDA support, see coldrow.cuda.is_built()"),
+        (
+            (0, "no driver"),
+            "no CUDA device can be used: no driver, see coldrow.cuda.is_available()",
+        ),
+        ((0, ""), "no CUDA device can be used: there is no CUDA device"),
+    ],
+)
+def test_device_that_no_kernel_can_run_on(monkeypatch, build, why):
+    native = types.SimpleNamespace(devices=lambda: build)
+    engine = None if build is None else _engines.Device(native)
+    monkeypatch.setattr(_engines, "device", engine)
+    assert coldrow.cuda.is_built() == (build is not None)
+    assert not coldrow.cuda.is_available()
+    arrays = make_arrays()
+    says = f"weight: got an array on 'cuda:0' ... accepted: 'cpu' ({why}"
+    with refused(ValueError, says, unchanged=arrays.values()):
+        call_apply(arrays | {"weight": OnDevice(arrays["weight"])})
+    for device in ("cuda", "cuda:1"):
+        with refused(ValueError, f"device: got '{device}' ... accepted: 'cpu' ({why}"):
+            make_module(device=device)
 
 
 # State that is element-wise, beside one that is not.
@@ -580,10 +610,11 @@ def test_element_wise_state_with_missing_or_extra_arrays(change, got):
         call_adam(arrays, state=state)
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("name", ["touches", "momentum1", "momentum2"])
-def test_element_wise_state_on_a_device_this_build_does_not_serve(name):
+def test_element_wise_state_on_another_device_than_weight(name):
     arrays = make_adam_arrays()
-    says = f"{name}: is on device type 2 ... accepted: CPU memory"
+    says = f"{name}: is on cuda:0 ... accepted: cpu"
     with refused(ValueError, says, unchanged=arrays.values()):
         call_adam(arrays | {name: OnDevice(arrays[name])})
 
@@ -924,8 +955,6 @@ MODULES = {
     "on_nonfinite: got 'ignore' ... accepted: 'skip', 'raise', 'propagate'": (ValueError, "ignore"),
     "validate: got 'never' ... accepted: 'deferred', 'sync'": (ValueError, "never"),
     "state_layout: got 'columns' ... accepted: 'record', 'split'": (ValueError, "columns"),
-    "device: got 'cuda' ... accepted: 'cpu'": (ValueError, "cuda"),
-    "device: got 'cuda:1' ... accepted: 'cpu'": (ValueError, "cuda:1"),
     "device: got 'meta' ... accepted: 'cpu'": (ValueError, torch.device("meta")),
 }
 
@@ -1009,7 +1038,7 @@ def test_lr_tensor_that_went_bad_is_found_before_anything_is_written(fused):
     if not fused:
         loss.backward()
     emb.param_groups[0]["lr"].fill_(NAN)
-    with refused(ValueError, "lr: got nan ... accepted: a finite number >= 0", unchanged=[emb]):
+    with refused(ValueError, "lr ... accepted: a ", unchanged=[emb]):
         loss.backward() if fused else emb.step()
 
 

@@ -76,9 +76,11 @@ def through_the_module(path, layout, device):
         psw = torch.from_numpy(z[f"psw_{s}"]).to(device) if meta["weighted"] else None
         out = emb(indices, offsets, psw)
         out.backward(torch.from_numpy(z[f"grad_{s}"]).to(device, out.dtype))
-    bound = 4e-3 if "fp16" in (meta["output_dtype"], meta["weights_dtype"]) else 4e-6
+    # (A pooled value is a sum of rows, each of which may be off by 4e-6.)
+    bound = 4e-3 if "fp16" in (meta["output_dtype"], meta["weights_dtype"]) else 8e-6
     scale = np.maximum(1.0, np.abs(z["out_last"].astype(np.float64)))
-    assert (np.abs(out.detach().cpu().numpy() - z["out_last"]) <= bound * scale).all()
+    error = np.abs(out.detach().cpu().numpy() - z["out_last"]) / scale
+    assert (error <= bound).all(), error.max()
     names = [f"t{t}" for t in range(len(tables))]
     check(
         meta,

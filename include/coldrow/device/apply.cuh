@@ -19,6 +19,7 @@ namespace device {
 struct Gradient {
   const void* data = nullptr;
   NumericType type = NumericType::float32;
+  Scalar<double> scale{nullptr, 1.0};  // of the loss: sums are divided by it, in float32
 };
 
 template <class Update>
@@ -103,6 +104,7 @@ struct BlockCommon {
   Update update;
   TableOf<Update> table;
   GradientRows gradients;
+  float grad_scale;
 };
 
 namespace kernel {
@@ -209,7 +211,10 @@ __global__ void __launch_bounds__(kThreads, apply_blocks(Update::optimizer_type:
     const std::int32_t number = a.numbers[share.part];
     copy_to_shared(&common.update, a.updates + share.part);
     copy_to_shared(&common.table, a.tables + share.part);
-    if (threadIdx.x == 0) common.gradients = GradientRows::of(a.grad, a.layout, number);
+    if (threadIdx.x == 0) {
+      common.gradients = GradientRows::of(a.grad, a.layout, number);
+      common.grad_scale = static_cast<float>(a.grad.scale.get());
+    }
     __syncthreads();
     const std::int64_t base = a.layout.table_base[number];
     const std::int64_t first_run = a.runs.table_run[number];
@@ -268,7 +273,12 @@ __global__ void __launch_bounds__(kThreads, apply_blocks(Update::optimizer_type:
               return gradients.term(a.sorted.payload(run.begin + i));
             },
             is_long ? partial.count : run.end - run.begin, dim,
-            [&](int c, const auto& values, int valid) { store_floats(sum, c, values, valid); });
+            [&](int c, auto& values, int valid) {
+              if (const float scale = common.grad_scale; scale != 1.0f) {
+                for (auto& x : values) x /= scale;
+              }
+              store_floats(sum, c, values, valid);
+            });
       });
       tile.sync();
 

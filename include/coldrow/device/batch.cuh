@@ -106,7 +106,7 @@ enum class Refusal : std::int32_t {
   offsets_decrease,   // position: in offsets
   offsets_end,        // the last offset is not the number of indices
   index_range,        // position: in indices
-  step_range,         // no step left, or a clock below 0
+  step_range,         // value: of the clock, after which there is no step, or which is below 0
   lr_range,           // position: of the table; lr is negative, not finite or beyond float32
   epoch_start_range,  // not in [0, 2^31 - 1]
   stale_row,          // position: row; value: its prev_iter, which is not before the step
@@ -125,10 +125,11 @@ struct Report {
   std::int64_t position, value;
   std::int64_t batch;           // which: counted by begin_batch(), from 1
   unsigned long long bad_rows;  // how many rows were refused (stale_row, nonfinite_row)
+  std::int64_t positions;       // of the batch
   // Totals.
   std::int64_t batches;
   std::int64_t refused;               // calls of finish() for a refused batch
-  unsigned long long nonfinite_rows;  // left alone under OnNonfinite::skip
+  unsigned long long nonfinite_rows;  // left alone under OnNonfinite::skip; see finish_batch()
 };
 
 inline constexpr unsigned long long kNothing = ~0ull;
@@ -236,11 +237,17 @@ __global__ void check_indices(Batch batch, Layout layout, Report* report) {
   }
 }
 
-// The end of a batch: the clock ticks, or the refusal is written down. One thread.
+// The end of a batch: the clock ticks, or the refusal is written down. nonfinite: takes over what the
+// report has counted. One thread.
 template <class = void>
-__global__ void finish(Batch batch, Layout layout, Report* report, std::int64_t* clock) {
+__global__ void finish(Batch batch, Layout layout, Report* report, std::int64_t* clock,
+                       std::int64_t* nonfinite) {
   if (!refused(report)) {
     if (clock != nullptr) ++*clock;
+    if (nonfinite != nullptr) {
+      *nonfinite += static_cast<std::int64_t>(report->nonfinite_rows);
+      report->nonfinite_rows = 0;
+    }
     return;
   }
   ++report->refused;
@@ -253,12 +260,16 @@ __global__ void finish(Batch batch, Layout layout, Report* report, std::int64_t*
   report->value = 0;
   report->batch = report->batches;
   report->bad_rows = 0;
+  report->positions = batch.positions;
   if (kind <= Refusal::offsets_end) {
     report->value = batch.offsets[position];
   } else if (kind == Refusal::index_range) {
     report->value = batch.indices[position];
     report->feature = feature_of(layout, position);
     report->table = layout.features[report->feature].table;
+  } else if (kind == Refusal::step_range) {
+    report->value = static_cast<std::int64_t>(report->found << 8) >> 8;
+    report->position = 0;
   } else if (kind == Refusal::lr_range) {
     report->table = static_cast<std::int32_t>(position);
   } else if (kind >= Refusal::stale_row) {
@@ -317,10 +328,11 @@ inline void check_batch(Queue& queue, const Batch& batch, const Layout& layout, 
   }
 }
 
-// Ends a batch. clock: ticks unless the batch was refused; null for a forward.
+// Ends a batch. clock: ticks unless the batch was refused; null for a forward. nonfinite: a count of
+// the caller's to which the rows left alone are added, in place of the report's; or null.
 inline void finish_batch(Queue& queue, const Batch& batch, const Layout& layout, Report* report,
-                         std::int64_t* clock) {
-  queue.run(kernel::finish<>, Launch{1, 1, 0}, batch, layout, report, clock);
+                         std::int64_t* clock, std::int64_t* nonfinite = nullptr) {
+  queue.run(kernel::finish<>, Launch{1, 1, 0}, batch, layout, report, clock, nonfinite);
 }
 
 }  // namespace device

@@ -69,7 +69,7 @@ __device__ inline bool check_step(const StepInputs& inputs, double lr, bool read
   const bool step_good = clock >= 0 && clock < std::int64_t{kLastStep} + (read ? 1 : 0);
   const bool lr_good = lr >= 0.0 && lr <= 3.4e38;
   const bool epoch_good = epoch_start >= 0 && epoch_start <= kLastStep;
-  if (!step_good) note(report, Refusal::step_range, 0);
+  if (!step_good) note(report, Refusal::step_range, static_cast<std::uint64_t>(clock));
   if (!lr_good) note(report, Refusal::lr_range, table);
   if (!epoch_good) note(report, Refusal::epoch_start_range, 0);
   return step_good && lr_good && epoch_good;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from coldrow.nn.kernels import Batch, DeviceBatch, counts_of
 
 if TYPE_CHECKING:
     from coldrow.nn.module import TableBatchedEmbeddingBags
@@ -21,16 +22,6 @@ class Ticket:
 
     def __init__(self) -> None:
         self.used = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a forward was asked, besides tensors, and when."""
-
-    batch_sizes: tuple[int, ...] | None
-    step: int
-    epoch_start: int
-    lrs: tuple[float, ...]
 
 
 def check_same_tables(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
@@ -60,7 +51,7 @@ class FusedLookup(torch.autograd.Function):
         anchor: Tensor,
         module: TableBatchedEmbeddingBags,
         ticket: Ticket | None,
-        batch: Batch,
+        batch: Batch | DeviceBatch,
         indices: Tensor,
         offsets: Tensor,
         weights: Tensor | None,
@@ -101,7 +92,7 @@ class SparseLookup(torch.autograd.Function):
     def forward(
         ctx: Any,
         module: TableBatchedEmbeddingBags,
-        batch: Batch,
+        batch: Batch | DeviceBatch,
         indices: Tensor,
         offsets: Tensor,
         weights: Tensor | None,
@@ -131,7 +122,7 @@ class SparseLookup(torch.autograd.Function):
 
 def sparse_gradients(
     module: TableBatchedEmbeddingBags,
-    batch: Batch,
+    batch: Batch | DeviceBatch,
     indices: Tensor,
     offsets: Tensor,
     weights: Tensor | None,
@@ -139,15 +130,18 @@ def sparse_gradients(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """One gradient row per index, as sparse tensors of each table's shape and dtype."""
+    if isinstance(batch, DeviceBatch):  # sizes are asked of the device, so this waits anyway
+        module.check()
     dims = [module.tables[t].dim for t in module._feature_tables]
     count = offsets.numel() - 1
     sizes = batch.batch_sizes or (count // len(dims),) * len(dims)
+    indices_of = counts_of(offsets, batch.batch_sizes, len(dims))
     lengths = offsets.diff()
     rows: list[list[Tensor]] = [[] for _ in module.tables]
     values: list[list[Tensor]] = [[] for _ in module.tables]
-    bag, column, flat = 0, 0, 0
-    for table, size, dim in zip(module._feature_tables, sizes, dims, strict=True):
-        lo, hi = int(offsets[bag]), int(offsets[bag + size])
+    bag, column, flat, lo = 0, 0, 0, 0
+    for table, size, dim, n in zip(module._feature_tables, sizes, dims, indices_of, strict=True):
+        hi = lo + n
         if module.pooling == "none":
             value = grad.reshape(-1)[flat : flat + (hi - lo) * dim].view(-1, dim).float()
             flat += (hi - lo) * dim
@@ -161,13 +155,14 @@ def sparse_gradients(
             value = pooled.float()
             if module.pooling == "mean":
                 value = value / length.clamp(min=1).unsqueeze(1)
-            value = value.repeat_interleave(length, dim=0)
+            value = value.repeat_interleave(length, dim=0, output_size=n)
             if weights is not None:
                 value = value * weights.detach()[lo:hi].unsqueeze(1)
         rows[table].append(indices[lo:hi].long())
         values[table].append(value)
         bag += size
         column += dim
+        lo = hi
     out: list[Tensor | None] = []
     for table, (row, value_list) in enumerate(zip(rows, values, strict=True)):
         weight = module._parameters_list[table]

@@ -146,4 +146,5 @@ def load(
             module._set_group_lrs(given.tolist())
         else:
             target.copy_(given)
+    module._epoch_declared = module.epoch_start != 0
     return True

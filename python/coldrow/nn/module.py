@@ -6,11 +6,11 @@ forward, so an evaluation pass ages nothing. Clock and learning rates are 0-dim 
 
 from __future__ import annotations
 
-import itertools
 import operator
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,21 +18,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from coldrow import _core
+from coldrow._engines import RowStep, engine_of
 from coldrow.functional import (
     LAST_STEP,
     ON_NONFINITE,
-    SparseStep,
     apply_steps,
     integer,
     listed,
     one_of,
+    sparse_rows,
     table_key,
 )
 from coldrow.nn import checkpoint, ops
-from coldrow.nn.autograd import Batch, FusedLookup, SparseLookup, Ticket
+from coldrow.nn.autograd import FusedLookup, SparseLookup, Ticket
+from coldrow.nn.kernels import (
+    Batch,
+    Counters,
+    DeviceBatch,
+    Operands,
+    counts_of,
+    kernels_on,
+    require_device,
+)
 from coldrow.nn.table import DTYPES, State, Table, Weights, moved, table_memory
-from coldrow.policies import RowUpdate, compiled, is_epoch_aware, number
+from coldrow.policies import RowUpdate, is_epoch_aware, number
 
 
 class TableBatchedEmbeddingBags(nn.Module):
@@ -54,13 +63,14 @@ class TableBatchedEmbeddingBags(nn.Module):
         pooling: "sum", "mean" or "none".
         charge: "touch": the forward reads stored rows and decay is paid when a row is updated.
             "read": the forward reads each row with the decay it owes; the update pays.
-        device: where the tables live; this build: "cpu".
+        device: where the tables live: "cpu", or a CUDA device where :func:`coldrow.cuda.is_available`.
         output_dtype: torch.float32, torch.float16 or torch.bfloat16.
         fused: see above.
         on_nonfinite: rows whose update would not be finite: "skip" (left alone and counted in
             ``nonfinite_rows``; the clock ticks), "raise" (nothing is written) or "propagate".
-        validate: when bad indices are reported on a device, "deferred" or "sync"; a CPU module always
-            reports at once.
+        validate: when what is wrong with a batch's values is raised on a CUDA device: "deferred", by
+            :meth:`check`, so that nothing waits; or "sync", at once. Such a batch reads zeros and changes
+            nothing, whichever. A CPU module always raises at once.
         state_layout: "record" (one record per row) or "split" (contiguous arrays).
 
     Attributes:
@@ -104,12 +114,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         try:
             device = torch.device(device)
         except (RuntimeError, TypeError, ValueError):
-            raise TypeError(f"device: got {device!r}, accepted: 'cpu'") from None
-        if device.type != "cpu":
-            raise ValueError(
-                f"device: got {str(device)!r}, accepted: 'cpu' (this build has no CUDA support, see "
-                "coldrow.cuda.is_built())"
-            )
+            raise TypeError(f"device: got {device!r}, accepted: 'cpu' or 'cuda'") from None
+        self._require_device(device)
         self.tables = [replace(t) for t in tables]  # dtype follows conversions of the module
         self.update = update
         if not isinstance(fused, bool):
@@ -118,7 +124,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         self.output_dtype, self.on_nonfinite = output_dtype, on_nonfinite
         self.validate, self.state_layout = validate, state_layout
         self.strict_policies = True
-        self._epoch_checked = False
+        self._epoch_checked = self._epoch_declared = False
         self._load_strict: bool | None = None
 
         parameters = {}
@@ -153,15 +159,24 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     # ------------------------------------------------------------------------------------- build
 
+    def _require_device(self, device: torch.device) -> None:
+        """Raise unless tables can be there."""
+        require_device(device)
+
     def _prepare(self) -> None:
         """(Re)build what is derived from tables and state; called whenever their memory moves."""
         names = [t.name for t in self.tables]
         self._keys = [table_key(n) for n in names]
-        self._native = _core.TableBatch(names, self._keys, self._feature_tables)
-        self._compiled = [compiled(u) for u in self._updates]
-        # What makes autograd call the fused backward.
-        self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._parameters_list = [self.weights[n] for n in names]
+        self._device = self._parameters_list[0].device
+        kernels = self.__dict__.get("_kernels")
+        if kernels is None or kernels.device != self._device:
+            # (Else kept: a captured CUDA graph reports to these.)
+            self._kernels = kernels_on(self._device, sync=self.validate == "sync")
+        self._native = self._kernels.tables(names, self._keys, self._feature_tables)
+        self._compiled = [self._kernels.update_of(u) for u in self._updates]
+        # What makes autograd call the fused backward.
+        self._anchor = torch.empty(0, requires_grad=True, device=self._device)
         if any(p.is_inference() for p in self._parameters_list):
             raise RuntimeError(
                 "tables made under torch.inference_mode() could never be trained; make them outside"
@@ -182,7 +197,9 @@ class TableBatchedEmbeddingBags(nn.Module):
         self._written = [t for t in written if not t.is_inference()]
         self._generation += 1
         self._spec = ops.spec_of(self)
-        self._device = self._parameters_list[0].device
+        # Made when first asked for, which is after a subclass has had its say.
+        self._worked_on: Operands | None = None
+        self._counted: Counters | None = None
         for p in self._parameters_list:
             if not self.fused and getattr(p, "grad_dtype", torch.float32) != torch.float32:
                 p.grad_dtype = torch.float32  # 16-bit tables accumulate gradients in float32
@@ -263,13 +280,22 @@ class TableBatchedEmbeddingBags(nn.Module):
     def clock(self, value: int) -> None:
         self._clock.fill_(integer("clock", value, self.clock, LAST_STEP))
 
-    def _next_step(self) -> int:
-        step = self.clock + 1
-        if step > LAST_STEP:
-            raise ValueError(
-                f"clock: is at {self.clock}, accepted: steps up to 2**31 - 1 (prev_iter is int32)"
+    def _counters(self) -> Counters:
+        self._take_in_lrs()
+        counters = self._counted
+        if counters is None:
+            counters = self.__dict__["_counted"] = Counters(
+                self._clock,
+                self._epoch_start,
+                self._nonfinite,
+                self._grad_scale,
+                self._lr,
+                self._group_of,
             )
-        return step
+        return counters
+
+    def _next_step(self) -> int:
+        return self._counters().next_step()
 
     @property
     def epoch_start(self) -> int:
@@ -278,7 +304,8 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def new_epoch(self) -> None:
         """Declare that the next step begins an epoch (for EpochGated and EpochReset)."""
-        self._epoch_start.fill_(self._next_step())
+        self._kernels.begin_epoch(self._counters())
+        self._epoch_declared = True
 
     @property
     def nonfinite_rows(self) -> int:
@@ -451,8 +478,10 @@ class TableBatchedEmbeddingBags(nn.Module):
         sizes: tuple[int, ...] | None,
     ) -> Any:
         self._sync()
-        batch = Batch(sizes, self.clock + 1, self.epoch_start, self._lrs())
         grad_on = torch.is_grad_enabled()
+        # The gradient of per_sample_weights is that of the rows as they are read now.
+        keep = self.charge == "read" and weights is not None and weights.requires_grad
+        batch = self._kernels.batch(sizes, self._counters(), keep=keep)
         if not self.fused and grad_on:
             out = SparseLookup.apply(self, batch, indices, offsets, weights, *self._parameters_list)
         elif grad_on and (self.training or (weights is not None and weights.requires_grad)):
@@ -469,7 +498,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         features, bags = len(self._feature_tables), offsets.numel() - 1
         accepted = f"accepted: one per feature ({features}), adding up to len(offsets) - 1 = {bags}"
         if isinstance(given, Tensor) and given.layout == torch.strided and not given.is_meta:
-            given = given.tolist()
+            with suppress(RuntimeError):  # quantised tensors have no list
+                given = given.tolist()
         if not isinstance(given, Sequence) or isinstance(given, str):
             raise TypeError(f"batch_sizes: got {given!r}, {accepted}")
         sizes = tuple([integer("batch_sizes", b, 0, 2**31 - 1) for b in given])
@@ -508,100 +538,77 @@ class TableBatchedEmbeddingBags(nn.Module):
         dims = self._dims
         if len(set(dims)) == 1:
             return out.view(-1, dims[0])
-        counts = self._unpooled_counts(offsets, sizes)
+        self.check()  # sizes are asked of the device, so this waits anyway
+        counts = counts_of(offsets, sizes, len(dims))
         parts = out.split([n * d for n, d in zip(counts, dims, strict=True)])
         return [part.view(-1, d) for part, d in zip(parts, dims, strict=True)]
 
-    def _unpooled_counts(self, offsets: Tensor, sizes: tuple[int, ...] | None) -> list[int]:
-        """Return the number of indices of each feature, by the offsets (not checked here)."""
-        features = len(self._dims)
-        each = (offsets.numel() - 1) // features
-        ends = itertools.accumulate(sizes or [each] * features, initial=0)
-        at = offsets[torch.tensor(list(ends), device=offsets.device)].tolist()
-        return [b - a for a, b in itertools.pairwise(at)]
+    def _operands(self) -> Operands:
+        operands = self._worked_on
+        if operands is None:
+            operands = self.__dict__["_worked_on"] = Operands(
+                self._native,
+                self._parameters_list,
+                self._optimizer_states,
+                self._prev_iters,
+                self._compiled,
+                self.pooling,
+                self.charge == "read",
+            )
+        return operands
 
     def _lookup(
-        self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None
+        self,
+        batch: Batch | DeviceBatch,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
     ) -> Tensor:
         dims = self._dims
         shape: tuple[int, ...]
         if self.pooling == "none" and len(set(dims)) == 1:
             shape = (indices.numel() * dims[0],)
         elif self.pooling == "none":
-            counts = self._unpooled_counts(offsets, batch.batch_sizes)
+            counts = counts_of(offsets, batch.batch_sizes, len(dims))
             total = sum(n * d for n, d in zip(counts, dims, strict=True))
-            # Offsets that are wrong ask for any size; the binding will refuse them.
-            shape = (min(max(total, 0), indices.numel() * max(dims)),)
+            # Offsets that are wrong ask for any size; the kernels will refuse them.
+            least, most = indices.numel() * min(dims), indices.numel() * max(dims)
+            shape = (min(max(total, least), most),)
         elif batch.batch_sizes is not None:
             shape = (sum(b * d for b, d in zip(batch.batch_sizes, dims, strict=True)),)
         else:
             shape = ((offsets.numel() - 1) // len(dims), sum(dims))
         out = torch.empty(shape, dtype=self.output_dtype, device=self._device)
-        self._native.lookup(
-            self._parameters_list,
-            self._prev_iters,
-            self._compiled,
-            batch.lrs,
-            indices,
-            offsets,
-            None if weights is None else weights.detach(),
-            batch.batch_sizes,
-            self.pooling,
-            self.charge == "read",
-            batch.step,
-            batch.epoch_start,
-            out,
-        )
+        weights = None if weights is None else weights.detach()
+        self._kernels.lookup(self._operands(), batch, indices, offsets, weights, out)
         return out
 
     # ----------------------------------------------------------------------------------- backward
 
     def _weight_gradients(
-        self, batch: Batch, indices: Tensor, offsets: Tensor, grad: Tensor
+        self, batch: Batch | DeviceBatch, indices: Tensor, offsets: Tensor, grad: Tensor
     ) -> Tensor:
         out = torch.empty(indices.numel(), dtype=torch.float32, device=self._device)
-        self._native.weight_gradients(
-            self._parameters_list,
-            self._prev_iters,
-            self._compiled,
-            batch.lrs,
-            indices,
-            offsets,
-            batch.batch_sizes,
-            self.pooling,
-            self.charge == "read",
-            batch.step,
-            batch.epoch_start,
-            grad,
-            out,
-        )
+        self._kernels.weight_gradients(self._operands(), batch, indices, offsets, grad, out)
         return out
 
     def _update(
-        self, batch: Batch, indices: Tensor, offsets: Tensor, weights: Tensor | None, grad: Tensor
+        self,
+        batch: Batch | DeviceBatch,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        grad: Tensor,
     ) -> None:
-        scale = self.grad_scale
-        if scale != 1.0:
-            grad = grad.float() / scale
-        step = self._next_step()
-        self._native.update(  # counts too
-            self._parameters_list,
-            self._optimizer_states,
-            self._prev_iters,
-            self._compiled,
-            self._lrs(),
+        self._kernels.update(
+            self._operands(),
+            self._counters(),
+            batch.batch_sizes,
             indices,
             offsets,
             weights,
-            batch.batch_sizes,
-            self.pooling,
-            step,
-            self.epoch_start,
             grad,
             self.on_nonfinite,
-            False,
-            self._clock,
-            self._nonfinite,
         )
         self._stepped()
 
@@ -609,7 +616,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         """What remains to be said after a step; the kernels have set the clock."""
         if not self._epoch_checked:
             self._epoch_checked = True
-            if self.epoch_start == 0 and any(is_epoch_aware(u) for u in self._updates):
+            aware = any(is_epoch_aware(u) for u in self._updates)
+            if aware and not self._epoch_declared and self._kernels.no_epoch(self._epoch_start):
                 warnings.warn(
                     "an epoch-aware decay is in use and new_epoch() was never called: until it is, "
                     "nothing decays",
@@ -642,15 +650,15 @@ class TableBatchedEmbeddingBags(nn.Module):
         step, lrs, epoch_start = self._next_step(), self._lrs(), self.epoch_start
         steps = []
         for i, p in enumerate(self._parameters_list):
-            rows = SparseStep.rows_of(
+            rows = sparse_rows(
                 p.grad,
                 f"weights.{self.tables[i].name}.grad",
                 "sparse gradients, as this module's backward makes them",
             )
             if rows is not None:
                 steps.append(
-                    SparseStep(
-                        self._compiled[i],
+                    RowStep(
+                        self._updates[i],
                         p,
                         *rows,
                         self._optimizer_states[i],
@@ -671,9 +679,9 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     # ------------------------------------------------------------------------------ rows and state
 
-    def _held(self, *, write: bool) -> _core.HeldTables:
+    def _held(self, *, write: bool) -> AbstractContextManager[Any]:
         """Return a context in which no other thread's call writes the tables, or reads them either."""
-        return _core.HeldTables(self._parameters_list, write)
+        return self._kernels.held(self._parameters_list, write=write)
 
     def _index_of(self, name: str) -> int:
         for i, table in enumerate(self.tables):
@@ -729,15 +737,16 @@ class TableBatchedEmbeddingBags(nn.Module):
         if self.charge == "touch":
             with self._held(write=False):
                 return out.copy_(self._parameters_list[t].detach().index_select(0, rows))
-        _core.read(
-            self._compiled[t],
+        weight = self._parameters_list[t]
+        engine_of("weight", weight).read(
+            self._updates[t],
             out,
-            self._parameters_list[t],
+            weight,
             rows,
             self._prev_iters[t],
-            self.clock + 1,
-            self._lrs()[t],
-            self.epoch_start,
+            step=self.clock + 1,
+            lr=self._lrs()[t],
+            epoch_start=self.epoch_start,
         )
         return out
 
@@ -778,20 +787,28 @@ class TableBatchedEmbeddingBags(nn.Module):
         return sum(m.numel() * m.element_size() for s in self._state for m in s.memory)
 
     def check(self) -> None:
-        """Raise what a deferred check found. A CPU module has raised already: does nothing."""
+        """Raise what was found on a CUDA device since the last check; waits for it.
+
+        It is the first batch that was refused, and why: with which table, position and value. A CPU
+        module has raised already: does nothing.
+
+        Raises:
+            IndexError: an index outside its table.
+            ValueError: other values: offsets, a non-finite update under ``on_nonfinite="raise"``, or a
+                clock at its end.
+        """
+        self._kernels.check(self._native, [t.num_rows for t in self.tables])
 
     # -------------------------------------------------------------------------------- conversions
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         probe = fn(torch.empty(0, dtype=torch.float32, device=self._device))
-        if probe.device.type != "cpu":
-            raise ValueError(
-                f"device: got {str(probe.device)!r}, accepted: 'cpu' (this build has no CUDA support)"
-            )
+        self._require_device(probe.device)
         if probe.dtype not in DTYPES:
             raise TypeError(
                 f"dtype: got {probe.dtype}, accepted: float32, float16, bfloat16 for the tables"
             )
+        self.check()  # what the kernels found stays behind
         super()._apply(fn, recurse)
         for state in self._state:
             state.move(fn)
@@ -809,6 +826,7 @@ class TableBatchedEmbeddingBags(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._group_lrs()  # takes in what was assigned to a group
         derived = (
+            "_kernels",
             "_native",
             "_compiled",
             "_anchor",
@@ -817,6 +835,8 @@ class TableBatchedEmbeddingBags(nn.Module):
             "_prev_iters",
             "_optimizer_states",
             "_written",
+            "_worked_on",
+            "_counted",
             "_spec",
             "_outstanding",
             "_optimizer",

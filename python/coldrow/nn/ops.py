@@ -12,7 +12,8 @@ are traced; eager calls take a shorter way to the same kernels. ``spec`` is text
 tensor: tables, features, policies and options. Clock, epoch start (int64) and learning rates (float64) are
 0-dim tensors read when the kernel runs, so that changing them compiles nothing anew. ``memory`` is optimizer
 state as ``coldrow.nn.table.State`` keeps it: int32 records. The backward of ``lookup`` calls
-``update_`` where ``train`` is set, and ticks the clock.
+``update_`` where ``train`` is set, and ticks the clock. On a CUDA device what is wrong with values is
+reported to the module whose spec it is (``check()``), and raised at once where there is no such module.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from coldrow import _core
-from coldrow.functional import LAST_STEP, apply_now, bump_versions, integer, table_key
+from coldrow.functional import apply_now, bump_versions, table_key
+from coldrow.nn.kernels import (
+    Batch,
+    Counters,
+    DeviceBatch,
+    Kernels,
+    Operands,
+    kernels_of,
+    kernels_on,
+)
 from coldrow.nn.table import State
-from coldrow.policies import RowUpdate, compiled, number
+from coldrow.policies import RowUpdate
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,52 +60,85 @@ def spec_of(module: TableBatchedEmbeddingBags) -> str:
             "on_nonfinite": module.on_nonfinite,
             "layout": module.state_layout,
             "output": str(module.output_dtype).removeprefix("torch."),
+            "kernels": module._kernels.token,
         }
     )
 
 
 class _Plan:
-    """A spec, made ready to run."""
+    """A spec, made ready to run on one device."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, device: torch.device) -> None:
         values = json.loads(spec)
         tables = values["tables"]
         names = [t["name"] for t in tables]
+        self._token, self._device = values["kernels"], device
+        self._own: Kernels | None = None
+        kernels = self.kernels
         self.updates = [RowUpdate.from_dict(t["update"]) for t in tables]
-        self.compiled = [compiled(u) for u in self.updates]
-        self.native = _core.TableBatch(names, [table_key(n) for n in names], values["features"])
+        self._compiled = [kernels.update_of(u) for u in self.updates]
+        self._native = kernels.tables(names, [table_key(n) for n in names], values["features"])
         self.dims = [tables[t]["dim"] for t in values["features"]]
         self.pooling: str = values["pooling"]
         self.read: bool = values["read"]
         self.on_nonfinite: str = values["on_nonfinite"]
         self.layout: str = values["layout"]
         self.output: torch.dtype = getattr(torch, values["output"])
-        self._groups: list[int] = values["groups"]
+        self.groups: list[int] = values["groups"]
 
-    def lrs(self, lrs: Sequence[Tensor]) -> list[float]:
-        values = [number("lr", lr) for lr in lrs]
-        return [values[g] for g in self._groups]
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels of the module that the spec is of; where it is gone, ones that wait and raise."""
+        found = kernels_of(self._token)
+        if found is not None:
+            return found
+        if self._own is None:
+            self._own = kernels_on(self._device, sync=True)
+        return self._own
 
-    def state(
-        self, weights: Sequence[Tensor], memory: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Return prev_iter and the optimizer's arrays of each table."""
+    def operands(
+        self, weights: Sequence[Tensor], memory: Sequence[Tensor], *, with_state: bool
+    ) -> Operands:
         prev_iters, states, rest = [], [], list(memory)
-        for weight, update in zip(weights, self.updates, strict=True):
-            shapes = update.state_shapes(weight.shape[0], weight.shape[1])
-            views = State.over(shapes, self.layout, rest).views()
-            prev_iters.append(views.pop("prev_iter"))
-            states.append(list(views.values()))
-        return prev_iters, states
+        if with_state:
+            for weight, update in zip(weights, self.updates, strict=True):
+                shapes = update.state_shapes(weight.shape[0], weight.shape[1])
+                views = State.over(shapes, self.layout, rest).views()
+                prev_iters.append(views.pop("prev_iter"))
+                states.append(list(views.values()))
+        return Operands(
+            self._native, weights, states, prev_iters, self._compiled, self.pooling, self.read
+        )
+
+    def batch(
+        self,
+        sizes: Sequence[int] | None,
+        clock: Tensor,
+        epoch_start: Tensor,
+        lrs: Sequence[Tensor],
+    ) -> Batch | DeviceBatch:
+        # (nonfinite and grad_scale play no part in a lookup.)
+        at = Counters(clock, epoch_start, clock, clock, lrs, self.groups)
+        return self.kernels.batch(None if sizes is None else tuple(sizes), at)
 
     def shape(
         self, indices: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
     ) -> tuple[Any, ...]:
-        if self.pooling == "none":
-            return (indices.shape[0] * self.dims[0],)
-        if batch_sizes is not None:
-            return (sum(b * d for b, d in zip(batch_sizes, self.dims, strict=True)),)
-        return ((offsets.shape[0] - 1) // len(self.dims), sum(self.dims))
+        return _shape(self.pooling, self.dims, indices, offsets, batch_sizes)
+
+
+def _shape(
+    pooling: str,
+    dims: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor,
+    batch_sizes: Sequence[int] | None,
+) -> tuple[Any, ...]:
+    if pooling == "none":
+        return (indices.shape[0] * dims[0],)
+    if batch_sizes is not None:
+        return (sum(b * d for b, d in zip(batch_sizes, dims, strict=True)),)
+    return ((offsets.shape[0] - 1) // len(dims), sum(dims))
 
 
 _plan = functools.lru_cache(maxsize=256)(_Plan)
@@ -126,7 +168,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("coldrow::lookup", "cpu")
+@torch.library.impl("coldrow::lookup", ("cpu", "cuda"))
 def _lookup(
     anchor: Tensor,
     weights: Sequence[Tensor],
@@ -143,21 +185,14 @@ def _lookup(
     train: bool,
     spec: str,
 ) -> Tensor:
-    plan = _plan(spec)
-    out = torch.empty(plan.shape(indices, offsets, batch_sizes), dtype=plan.output)
-    plan.native.lookup(
-        weights,
-        plan.state(weights, memory)[0] if plan.read else [],
-        plan.compiled,
-        plan.lrs(lrs),
+    plan = _plan(spec, weights[0].device)
+    out = weights[0].new_empty(plan.shape(indices, offsets, batch_sizes), dtype=plan.output)
+    plan.kernels.lookup(
+        plan.operands(weights, memory, with_state=plan.read),
+        plan.batch(batch_sizes, clock, epoch_start, lrs),
         indices,
         offsets,
         None if per_sample_weights is None else per_sample_weights.detach(),
-        batch_sizes,
-        plan.pooling,
-        plan.read,
-        int(clock) + 1,
-        int(epoch_start),
         out,
     )
     return out
@@ -180,11 +215,13 @@ def _lookup_fake(
     train: bool,
     spec: str,
 ) -> Tensor:
-    plan = _plan(spec)
-    return weights[0].new_empty(plan.shape(indices, offsets, batch_sizes), dtype=plan.output)
+    values = json.loads(spec)
+    dims = [values["tables"][t]["dim"] for t in values["features"]]
+    shape = _shape(values["pooling"], dims, indices, offsets, batch_sizes)
+    return weights[0].new_empty(shape, dtype=getattr(torch, values["output"]))
 
 
-@torch.library.impl("coldrow::update_", "cpu")
+@torch.library.impl("coldrow::update_", ("cpu", "cuda"))
 def _update(
     weights: Sequence[Tensor],
     memory: Sequence[Tensor],
@@ -200,27 +237,16 @@ def _update(
     grad: Tensor,
     spec: str,
 ) -> None:
-    plan = _plan(spec)
-    scale = number("grad_scale", grad_scale, low_open=True)
-    prev_iters, states = plan.state(weights, memory)
-    plan.native.update(
-        weights,
-        states,
-        prev_iters,
-        plan.compiled,
-        plan.lrs(lrs),
+    plan = _plan(spec, weights[0].device)
+    plan.kernels.update(
+        plan.operands(weights, memory, with_state=True),
+        Counters(clock, epoch_start, nonfinite, grad_scale, lrs, plan.groups),
+        batch_sizes,
         indices,
         offsets,
         per_sample_weights,
-        batch_sizes,
-        plan.pooling,
-        integer("step", int(clock) + 1, 1, LAST_STEP),
-        int(epoch_start),
-        (grad if scale == 1.0 else grad.float() / scale).contiguous(),
+        grad.contiguous(),
         plan.on_nonfinite,
-        False,
-        clock,
-        nonfinite,
     )
     bump_versions(*weights, *memory, clock, nonfinite)
 
@@ -230,7 +256,7 @@ def _update_fake(*args: Any) -> None:
     return None
 
 
-@torch.library.impl("coldrow::weight_gradients", "cpu")
+@torch.library.impl("coldrow::weight_gradients", ("cpu", "cuda"))
 def _weight_gradients(
     weights: Sequence[Tensor],
     memory: Sequence[Tensor],
@@ -243,20 +269,13 @@ def _weight_gradients(
     grad: Tensor,
     spec: str,
 ) -> Tensor:
-    plan = _plan(spec)
-    out = torch.empty(indices.shape[0], dtype=torch.float32)
-    plan.native.weight_gradients(
-        weights,
-        plan.state(weights, memory)[0] if plan.read else [],
-        plan.compiled,
-        plan.lrs(lrs),
+    plan = _plan(spec, weights[0].device)
+    out = weights[0].new_empty(indices.shape[0], dtype=torch.float32)
+    plan.kernels.weight_gradients(
+        plan.operands(weights, memory, with_state=plan.read),
+        plan.batch(batch_sizes, clock, epoch_start, lrs),
         indices,
         offsets,
-        batch_sizes,
-        plan.pooling,
-        plan.read,
-        int(clock) + 1,
-        int(epoch_start),
         grad.contiguous(),
         out,
     )
@@ -324,7 +343,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("coldrow::lookup", _backward, setup_context=_setup_context)
 
 
-@torch.library.impl("coldrow::apply_", "cpu")
+@torch.library.impl("coldrow::apply_", ("cpu", "cuda"))
 def _apply(
     weight: Tensor,
     grad: Tensor,

@@ -208,13 +208,13 @@ def parse_specs(given: Any) -> list[Spec]:
             member(name, entry[3], ComputeDevice),
         )
         places = [(EmbeddingLocation.HOST, ComputeDevice.CPU)]
-        if cuda.is_built():
+        if cuda.is_available():
             places.append((EmbeddingLocation.DEVICE, ComputeDevice.CUDA))
         if (spec.location, spec.compute) not in places:
             accepted = " or ".join(f"{p.name} with {c.name}" for p, c in places)
             raise ValueError(
                 f"{name}: got {spec.location.name} with {spec.compute.name}, accepted: {accepted}"
-                + ("" if cuda.is_built() else " (this build has no CUDA support)")
+                + ("" if cuda.is_available() else " (this build has no CUDA support)")
             )
         specs.append(spec)
     if not specs:

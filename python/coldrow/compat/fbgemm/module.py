@@ -37,7 +37,7 @@ from coldrow.compat.fbgemm.definitions import (
 from coldrow.compat.fbgemm.state import checkpoint_entries, optimizer_arrays
 from coldrow.functional import LAST_STEP, integer
 from coldrow.nn import Table, TableBatchedEmbeddingBags, ops
-from coldrow.policies import RowUpdate, compiled, number
+from coldrow.policies import RowUpdate, number
 
 
 class Tables(TableBatchedEmbeddingBags):
@@ -73,7 +73,8 @@ class Tables(TableBatchedEmbeddingBags):
         """Train on with another update that needs the same state; lr stays as it was set."""
         self.update = update
         self._updates = [update] * len(self.tables)
-        self._compiled = [compiled(update)] * len(self.tables)
+        self._compiled = [self._kernels.update_of(update)] * len(self.tables)
+        self._worked_on = None
         self._spec = ops.spec_of(self)
 
     @property
