@@ -1458,6 +1458,7 @@ def short_of_memory(spare: int):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("where", ["function", "module"])
 def test_no_memory_for_the_workspace(where):
     many = 4_000_000
@@ -1496,6 +1497,7 @@ NO_FACTORS = {
 }
 
 
+@pytest.mark.host_only
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
 )
@@ -1527,6 +1529,7 @@ def test_decay_that_gives_no_factor(gives):
 # --------------------------------------------------------------------------------------------- page
 
 
+@pytest.mark.host_only
 def test_errors_page_is_what_was_said(request):
     """docs/errors.md, word for word, in the pinned environment; ``make errors`` writes it."""
     options = request.config.option
