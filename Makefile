@@ -131,6 +131,7 @@ $(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
 	    > $$(echo $(SANITIZE)/venv/lib/python3*/site-packages)/below.pth
 	PATH="$(BIN):$$PATH" $(SANITIZE)/venv/bin/python -m pip install -q --no-build-isolation --no-deps \
 	    --ignore-installed -C build-dir=build/sanitize-python/wheel \
+	    -C cmake.define.COLDROW_CUDA=OFF \
 	    -C cmake.define.COLDROW_SANITIZE=address,undefined,float-cast-overflow .
 	@touch $@
 

@@ -17,7 +17,7 @@ log=build/torch-releases.log
 rm -rf build/torch-wheel
 $python -m pip install -q -c constraints.txt nanobind-backend 2>>"$log"
 PATH="$PWD/.venv/bin:$PATH" $python -m pip wheel -q --no-build-isolation --no-deps \
-  -C wheel.py-api=cp310 -C cmake.define.COLDROW_CUDA_ARCHITECTURES=90 -C build-dir=build/torch-wheel-build -w build/torch-wheel . 2>>"$log"
+  -C wheel.py-api=cp310 -C cmake.define.COLDROW_CUDA=OFF -C build-dir=build/torch-wheel-build -w build/torch-wheel . 2>>"$log"
 wheel=$(echo build/torch-wheel/coldrow-*.whl)
 tests=(tests/python/test_module.py tests/python/test_optim.py tests/python/test_checkpoint.py
   tests/python/test_traps.py tests/python/test_embedding.py tests/python/test_compile.py)
