@@ -42,16 +42,19 @@ def table_key(table: int | str) -> int:
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return ``value`` as an int in [low, high], or raise naming the argument."""
-    error = f"{name}: got {value!r}, accepted: an integer from {low} to {high}"
+
+    def error() -> str:  # (A tensor's text takes longer than a step.)
+        return f"{name}: got {value!r}, accepted: an integer from {low} to {high}"
+
     try:
-        value = item(value)
-        if isinstance(value, bool):
-            raise TypeError(error)
-        whole = value.__index__()
+        given = item(value)
+        if isinstance(given, bool):
+            raise TypeError(error())
+        whole = given.__index__()
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        raise TypeError(error) from None
+        raise TypeError(error()) from None
     if not low <= whole <= high:
-        raise ValueError(error)
+        raise ValueError(error())
     return int(whole)
 
 

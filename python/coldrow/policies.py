@@ -62,25 +62,28 @@ def number(
     low_open: bool = False,
 ) -> float:
     """Return ``value`` as a float, or raise naming the argument, what was given and what is accepted."""
-    bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
-        f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
-    )
-    error = f"{name}: got {value!r}, accepted: {bounds}"
+
+    def error() -> str:  # (A tensor's text takes longer than a step.)
+        bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
+            f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
+        )
+        return f"{name}: got {value!r}, accepted: {bounds}"
+
     try:
-        value = item(value)
-        if isinstance(value, (bool, str, bytes)):
-            raise TypeError(error)
-        x = float(value)
+        given = item(value)
+        if isinstance(given, (bool, str, bytes)):
+            raise TypeError(error())
+        x = float(given)
     except OverflowError:
-        raise ValueError(error) from None
+        raise ValueError(error()) from None
     except (
         TypeError,
         ValueError,
         RuntimeError,
     ):  # RuntimeError: torch, of a tensor with more values
-        raise TypeError(error) from None
+        raise TypeError(error()) from None
     if not (low <= x <= high) or (low_open and x == low):
-        raise ValueError(error)
+        raise ValueError(error())
     return x
 
 
