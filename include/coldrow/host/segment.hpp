@@ -27,7 +27,7 @@ struct ScaledEntry {
   std::uint32_t out_row;
   float scale;
 };
-// For tables of 2^32 rows and more in all.
+// For a table of more than 2^32 rows.
 struct WideEntry {
   using key_type = std::uint64_t;
   std::uint64_t key;
