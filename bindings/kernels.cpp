@@ -170,15 +170,30 @@ void weight_gradients(const BatchArgs& b, bool read, const void* grad, DType gra
 
 // --------------------------------------------------------------------------------------- update
 
+// One run that would keep a thread busy while others have nothing left: all threads sum it together.
+struct HotRun {
+  std::int32_t table;
+  std::int64_t begin, length;  // in the table's sorted entries
+};
+// From this length on; a run that long is longer than a part.
+std::int64_t hot_length(const BatchArgs& b) {
+  if (b.threads == 1) return INT64_MAX;
+  return max_of<std::int64_t>(4096, b.positions / (4 * b.threads));
+}
+std::int64_t most_hot_runs(const BatchArgs& b) { return b.positions / hot_length(b); }
+
 struct UpdateSpace {
   Feature* features;            // in the order of the batch
   Feature* features_by_table;   // grouped by table
   std::int32_t* first_feature;  // [tables + 1], into features_by_table
   std::int64_t* table_begin;    // [tables + 1], first entry of each table
   std::int32_t* first_part;     // [tables + 1], the parts that a table's entries are cut into
-  void** sorted;                // [tables], its sorted entries
-  std::uint32_t* counts;        // [threads, kCounts]
-  float* scratch;               // [threads, scratch_size]
+  HotRun* hot_runs;             // [most_hot_runs()]
+  float* hot_sums;              // [most_hot_runs(), kMaxParts, hot_stride]
+  std::int64_t hot_stride;
+  void** sorted;          // [tables], its sorted entries
+  std::uint32_t* counts;  // [threads, kCounts]
+  float* scratch;         // [threads, scratch_size]
   std::int64_t scratch_size;
   host::ApplyReport* reports;  // [threads]
   void* entries;
@@ -213,6 +228,11 @@ UpdateSpace lay_out(const BatchArgs& b, Workspace& w) {
     s.scratch_size = max_of(s.scratch_size, host::scratch_floats(b.tables[t].dim) + 16);
   }
   s.scratch = w.take<float>(s.scratch_size * b.threads);
+  s.hot_runs = w.take<HotRun>(most_hot_runs(b));
+  for (std::int32_t t = 0; t < b.num_tables; ++t) {
+    s.hot_stride = max_of<std::int64_t>(s.hot_stride, (b.tables[t].dim + 15) / 16 * 16);
+  }
+  s.hot_sums = w.take<float>(most_hot_runs(b) * kMaxParts * s.hot_stride);
   s.reports = w.take<host::ApplyReport>(b.threads);
   with_entry(b, [&](auto entry) {
     s.entries = w.take<decltype(entry)>(b.positions);
@@ -343,38 +363,81 @@ UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
     });
   });
 
-  // Some rows of one table: part `part` of its `parts`.
-  const auto run_part = [&](host::Pass pass, std::int32_t t, int part, int parts, float* scratch) {
-    const auto* sorted = static_cast<const Entry*>(s.sorted[t]);
-    const std::int64_t n = s.table_begin[t + 1] - s.table_begin[t];
-    const TableRows rows(b, b.tables[t], on_nonfinite);
-    host::ApplyReport found;
+  // Calls f(sorted entries, gradient rows) of one table.
+  const auto with_entries = [&](std::int32_t t, const auto& f) {
     with_numeric(grad_type, [&](auto value) {
       using Grad = decltype(value);
-      const host::GradientRows<Grad> grads{static_cast<const Grad*>(grad),
-                                           s.features_by_table + s.first_feature[t],
-                                           s.first_feature[t + 1] - s.first_feature[t]};
-      host::apply_runs(sorted, host::run_begin(sorted, n, part, parts),
-                       host::run_begin(sorted, n, part + 1, parts), 0, b.tables[t].dim, grads,
-                       rows.kernel->memory(rows.made), scratch,
-                       [&](const host::RowGradient* some, int count) {
-                         rows.kernel->run(rows.made, pass, some, count, found);
-                       });
+      f(static_cast<const Entry*>(s.sorted[t]),
+        host::GradientRows<Grad>{static_cast<const Grad*>(grad),
+                                 s.features_by_table + s.first_feature[t],
+                                 s.first_feature[t + 1] - s.first_feature[t]});
     });
+  };
+  const auto runs_of = [&](std::int32_t t, int part) {
+    return host::part_runs(static_cast<const Entry*>(s.sorted[t]),
+                           s.table_begin[t + 1] - s.table_begin[t], part - s.first_part[t],
+                           s.first_part[t + 1] - s.first_part[t], hot_length(b));
+  };
+
+  int hot_runs = 0;
+  for (std::int32_t t = 0; b.threads > 1 && t < b.num_tables; ++t) {
+    for (int part = s.first_part[t]; part < s.first_part[t + 1]; ++part) {
+      const host::PartRuns r = runs_of(t, part);
+      if (r.cut < r.hi) s.hot_runs[hot_runs++] = {t, r.cut, r.hi - r.cut};
+    }
+  }
+  const auto hot_sums = [&](int run) { return s.hot_sums + run * kMaxParts * s.hot_stride; };
+  host::parallel_parts(hot_runs * kMaxParts, b.threads, [&](int part, int) {
+    const HotRun& run = s.hot_runs[part / kMaxParts];
+    const int slice = part % kMaxParts;
+    if (slice >= host::slices_of(run.length)) return;
+    with_entries(run.table, [&](const Entry* sorted, const auto& grads) {
+      host::sum_slice(grads, sorted + run.begin, run.length, slice, b.tables[run.table].dim,
+                      hot_sums(part / kMaxParts));
+    });
+  });
+
+  for (int i = 0; i < hot_runs; ++i) {
+    const HotRun& run = s.hot_runs[i];
+    host::sum_slices(host::slices_of(run.length), b.tables[run.table].dim, hot_sums(i));
+  }
+
+  // Calls f(the update of one table's rows, what it found).
+  const auto with_rows = [&](std::int32_t t, int thread, const auto& f) {
+    const TableRows rows(b, b.tables[t], on_nonfinite);
+    host::ApplyReport found;
+    f(rows, found);
     found.nonfinite.table = found.stale.table = t;
-    return found;
+    s.reports[thread].merge(found);
   };
   const auto run = [&](host::Pass pass) {
     for (int thread = 0; thread < b.threads; ++thread) s.reports[thread] = {};
-    host::parallel_parts(s.first_part[b.num_tables], b.threads, [&](int part, int thread) {
+    const int parts = s.first_part[b.num_tables];
+    host::parallel_parts(parts + hot_runs, b.threads, [&](int part, int thread) {
+      if (part >= parts) {
+        const HotRun& hot = s.hot_runs[part - parts];
+        with_rows(hot.table, thread, [&](const TableRows& rows, host::ApplyReport& found) {
+          const auto key = static_cast<const Entry*>(s.sorted[hot.table])[hot.begin].key;
+          const host::RowGradient row{static_cast<std::int64_t>(key), hot_sums(part - parts)};
+          rows.kernel->run(rows.made, pass, &row, 1, found);
+        });
+        return;
+      }
       std::int32_t t = 0, after = b.num_tables;
       while (after - t > 1) {  // the last table whose parts begin at or before this one
         const std::int32_t middle = t + (after - t) / 2;
         (s.first_part[middle] <= part ? t : after) = middle;
       }
-      s.reports[thread].merge(run_part(pass, t, part - s.first_part[t],
-                                       s.first_part[t + 1] - s.first_part[t],
-                                       s.scratch + thread * s.scratch_size));
+      const host::PartRuns r = runs_of(t, part);
+      with_rows(t, thread, [&](const TableRows& rows, host::ApplyReport& found) {
+        with_entries(t, [&](const Entry* sorted, const auto& grads) {
+          host::apply_runs(sorted, r.lo, r.cut, 0, b.tables[t].dim, grads,
+                           rows.kernel->memory(rows.made), s.scratch + thread * s.scratch_size,
+                           [&](const host::RowGradient* some, int count) {
+                             rows.kernel->run(rows.made, pass, some, count, found);
+                           });
+        });
+      });
     });
     host::ApplyReport total;
     for (int thread = 0; thread < b.threads; ++thread) total.merge(s.reports[thread]);

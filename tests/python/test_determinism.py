@@ -80,6 +80,56 @@ def test_threads_and_builds(dtype, rounding, pooling):
                 assert torch.equal(a, b), (build, threads)
 
 
+def hot_rows(threads, *, dim, pooling, spoil=None):
+    """Two steps in which half of all ids are of one row and a fifth of another; returns weights and state."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rng = np.random.default_rng(7)
+        emb = TableBatchedEmbeddingBags(
+            [Table("cold", 50_000, dim), Table("hot", 50_000, dim)],
+            coldrow.RowUpdate(coldrow.RowwiseRMSprop(lr=0.1), coldrow.LinearClipped(alpha=1e-3)),
+            pooling=pooling,
+        )
+        for p in emb.weights.values():
+            p.copy_(torch.from_numpy(rng.normal(size=p.shape)))
+        for _ in range(2):
+            ids = rng.integers(0, 50_000, (2, 60_000))
+            of = rng.random(ids.shape[1])
+            ids[1, of < 0.5] = 31
+            ids[1, (of >= 0.5) & (of < 0.7)] = 49_999
+            offsets = torch.arange(0, 120_001, 5)
+            out = emb(torch.from_numpy(ids.reshape(-1)), offsets)
+            grad = torch.from_numpy(rng.normal(size=out.shape)).float()
+            if spoil is not None:
+                grad[spoil] = float("inf")
+            out.backward(grad)
+        state = [array for arrays in emb.state.values() for array in arrays.values()]
+        return [*emb.weights.values(), *state, torch.tensor(emb.nonfinite_rows)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+@pytest.mark.parametrize("dim", [16, 21])
+def test_a_hot_row_is_work_for_all_threads(dim, pooling):
+    """Its gradients are summed in slices: by several threads, or by one in the same order."""
+    base = hot_rows(1, dim=dim, pooling=pooling)
+    for threads in (2, 3, 5):
+        for a, b in zip(base, hot_rows(threads, dim=dim, pooling=pooling), strict=True):
+            assert torch.equal(a, b), threads
+
+
+def test_a_hot_row_that_is_not_finite():
+    """It is judged like any other row, by whichever thread."""
+    base = hot_rows(1, dim=16, pooling="sum", spoil=(7000, slice(16, 32)))
+    assert base[-1] > 0
+    for a, b in zip(
+        base, hot_rows(3, dim=16, pooling="sum", spoil=(7000, slice(16, 32))), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_another_process():
     """A run of its own, with other addresses and hash seeds, gives the same bits."""
 

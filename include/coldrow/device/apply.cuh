@@ -2,8 +2,8 @@
 // row update once.
 //
 // A tile of lanes takes a run. Long runs are summed before, in parts by many tiles, so what is left of
-// them is a run of partial sums. The sum of a row's gradients has one fixed order (tuning.hpp), so
-// results repeat bit for bit; for a run of at most kLongRun entries it is the host's order.
+// them is a run of partial sums. The sum of a row's gradients has one fixed order (table/run.hpp), the
+// host's, so results repeat bit for bit.
 #pragma once
 
 #include "gather.cuh"

@@ -1,9 +1,8 @@
 // Launch choices: small structs that can be compared, picked by functions without state. Nothing here
-// needs CUDA. No result depends on a choice, except on the constants of long runs (kPart and below),
-// which fix the order in which a long run is summed and are therefore no choices.
+// needs CUDA. No result depends on a choice.
 #pragma once
 
-#include "../numeric/math.hpp"
+#include "../table/run.hpp"
 
 COLDROW_BEGIN
 
@@ -22,14 +21,6 @@ struct Machine {
   bool operator==(const Machine&) const = default;
 };
 
-// A run of at most kLongRun entries is summed in one go, in the order of the batch. A longer one is
-// cut, from its own beginning, into parts of kPart entries, each summed in the order of the batch; the
-// parts are then summed in order, where there are more than kMaxParts in at most kMaxParts slices of
-// equal numbers of parts first. So the sum of a row depends on its own gradients alone.
-inline constexpr int kPart = 64;
-inline constexpr int kLongRun = 2 * kPart;
-inline constexpr int kMaxParts = 64;
-
 inline constexpr int kThreads = 128;
 // Blocks a multiprocessor is to hold at once: what bounds the registers of a thread. These are the
 // largest numbers at which the compiler keeps everything in registers (nvcc 13.0 for sm_90), the
@@ -43,10 +34,6 @@ inline constexpr int kMaxShared = 48 * 1024;  // what a block may have without a
 // A tile takes up to this many items one after another before its block looks which table comes next.
 // Each time costs a tile some waits for memory, as many as two or three rows do.
 inline constexpr int kMaxRounds = 16;
-
-COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Neighbouring columns of a row that one lane handles at once: 16 bytes of them.
 COLDROW_HD constexpr int block_for(int weight_bytes) { return 16 / weight_bytes; }

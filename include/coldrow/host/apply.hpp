@@ -2,77 +2,14 @@
 // and call the row update once.
 #pragma once
 
+#include "../row/update.hpp"
 #include "../table/table.hpp"
+#include "gradients.hpp"
 #include "segment.hpp"
 
 COLDROW_BEGIN
 
 namespace host {
-
-// The gradient of the output, by output row, for the features of one table.
-template <Numeric Grad>
-struct GradientRows {
-  const Grad* data;
-  const Feature* features;  // of this table, in order of first_row
-  int num_features;
-
-  COLDROW_HOST_INLINE const Grad* row(std::uint32_t out_row) const {
-    int f = num_features - 1;
-    while (f > 0 && features[f].first_row > static_cast<std::int64_t>(out_row)) --f;
-    return data + features[f].out_offset +
-           (out_row - features[f].first_row) * features[f].out_stride;
-  }
-};
-
-// Sums 16 * Blocks columns of a run, from `column` on, in registers. Whole: all of them exist; else
-// Blocks is 1 and `count` do.
-template <int Blocks, bool Whole, class Entry, Numeric Grad>
-COLDROW_HOST_INLINE void sum_columns(const GradientRows<Grad>& grads, const Entry* run,
-                                     std::int64_t length, int column, int count, float* out) {
-  Lanes<16> acc[Blocks];
-  for (auto& a : acc) broadcast(a, 0.0f);
-  for (std::int64_t i = 0; i < length; ++i) {
-    const Grad* row = grads.row(run[i].out_row) + column;
-    Lanes<16> scale;
-    broadcast(scale, run[i].scale);
-    for (int b = 0; b < Blocks; ++b) {
-      Lanes<16> g;
-      if constexpr (Whole) {
-        load(g, row + 16 * b);
-      } else {
-        load_partial(g, row + 16 * b, count);
-      }
-      multiply_add(acc[b], scale, g);
-    }
-  }
-  for (int b = 0; b < Blocks; ++b) {
-    float sums[16];
-    to_array(acc[b], sums);
-    for (int k = 0; k < 16; ++k) out[16 * b + k] = sums[k];
-  }
-}
-
-// The float32 sum of a run's gradients, in the order of the batch. scratch: [dim rounded up to 16].
-template <class Entry, Numeric Grad>
-COLDROW_HOST_INLINE const float* sum_run(const GradientRows<Grad>& grads, const Entry* run,
-                                         std::int64_t count, int dim, float* scratch) {
-  if constexpr (std::same_as<Grad, float>) {
-    if (count == 1 && run->scale == 1.0f) return grads.row(run->out_row);
-  }
-  int c = 0;
-  const auto sum = [&](auto blocks, auto whole) {
-    constexpr int kBlocks = decltype(blocks)::value;
-    sum_columns<kBlocks, decltype(whole)::value>(grads, run, count, c, dim - c, scratch + c);
-    c += 16 * kBlocks;
-  };
-  using std::integral_constant;
-  while (c + 128 <= dim) sum(integral_constant<int, 8>{}, std::true_type{});
-  if (c + 64 <= dim) sum(integral_constant<int, 4>{}, std::true_type{});
-  if (c + 32 <= dim) sum(integral_constant<int, 2>{}, std::true_type{});
-  if (c + 16 <= dim) sum(integral_constant<int, 1>{}, std::true_type{});
-  if (c < dim) sum(integral_constant<int, 1>{}, std::false_type{});
-  return scratch;
-}
 
 enum class Pass : std::int32_t {
   check,   // find what would have to be refused; write nothing
@@ -114,21 +51,53 @@ struct RowGradient {
   const float* grad;
 };
 
-// Updates rows, no row twice, or with Pass::check finds what would have to be refused.
+// Rows are updated a few at a time, so that the driver need not be compiled for every update, and what
+// a row needs but once is computed for all of them in vectors. Their summed gradients wait in a scratch
+// area that stays in the first-level cache.
+inline constexpr int kChunkRows = 16;
+inline constexpr int kChunkFloats = 4096;
+
+// Updates at most kChunkRows rows, no row twice, or with Pass::check finds what would have to be refused.
 template <class Update>
 void update_rows(const Update& update,
                  const Table<typename Update::weight_type, typename Update::optimizer_type>& table,
                  Pass pass, const RowGradient* rows, int count, ApplyReport& report) {
+  using Optimizer = typename Update::optimizer_type;
   const Serial group;
-  for (int i = 0; i < count; ++i) {
-    const std::int64_t r = rows[i].row;
-    const auto row = table.row(r);
-    if (pass == Pass::check && *row.prev_iter >= update.step) report.stale.add(r);
-    const bool finite = pass == Pass::check
-                            ? update.finite(group, row, rows[i].grad, table.dim)
-                            : update(group, row, rows[i].grad, table.dim, table.key(r));
-    if (!finite) report.nonfinite.add(r);
+  typename Update::template Plans<kChunkRows> plans{};
+  with_width(table.dim, [&](auto width) {
+    const int dim = width() > 0 ? width() : table.dim;
+    const auto columns = static_cast<std::size_t>(dim);
+    for (int i = 0; i < count; ++i) {
+      const auto row = table.row(rows[i].row);
+      prefetch_near(row.weight, columns * sizeof(*row.weight));
+      for (int s = 0; s < Optimizer::vector_states; ++s) prefetch_near(row.vectors[s], columns * 4);
+      update.read(group, row, rows[i].grad, dim, plans, i);
+    }
+  });
+  visit(update.decay, [&](const auto& decay) {
+    touch_factors(decay, update.step, plans.prev_iter, update.lr, plans.shrink);
+  });
+  update.decide(table.dim, plans);
+  if (pass == Pass::check) {
+    for (int i = 0; i < count; ++i) {
+      const std::int64_t r = rows[i].row;
+      if (plans.prev_iter[i] >= update.step) report.stale.add(r);
+      if (!update.finite(group, plans, i, table.row(r), rows[i].grad, table.dim)) {
+        report.nonfinite.add(r);
+      }
+    }
+    return;
   }
+  with_width(table.dim, [&](auto width) {
+    const int dim = width() > 0 ? width() : table.dim;
+    for (int i = 0; i < count; ++i) {
+      const std::int64_t r = rows[i].row;
+      if (!update.write(group, plans, i, table.row(r), rows[i].grad, dim, table.key(r))) {
+        report.nonfinite.add(r);
+      }
+    }
+  });
 }
 
 // Where the rows of a table and their state lie, for prefetching alone.
@@ -172,23 +141,18 @@ class RowMemory {
   int count_ = 0;
 };
 
-// Rows are updated a few at a time, so that the driver need not be compiled for every update:
-// their summed gradients wait in a scratch area that stays in the first-level cache.
-inline constexpr int kChunkRows = 16;
-inline constexpr int kChunkFloats = 4096;
-
 inline int chunk_rows(int dim) { return max_of(1, min_of(kChunkRows, kChunkFloats / (dim + 15))); }
 // Floats of scratch that apply_runs() needs.
 inline std::int64_t scratch_floats(int dim) {
   return static_cast<std::int64_t>(chunk_rows(dim)) * ((dim + 15) / 16 * 16);
 }
 
-// Runs of one table: sorted[lo, hi), keys counted from `base`. scratch: scratch_floats(dim).
-// rows(const RowGradient*, int count) takes the summed gradients, a few rows at a time.
-template <class Entry, Numeric Grad, class Rows>
-void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, int dim,
-                const GradientRows<Grad>& grads, const RowMemory& memory, float* scratch,
-                const Rows& rows) {
+// apply_runs() for rows of Width columns, or, where that is 0, of dim_of_any.
+template <int Width, class Entry, Numeric Grad, class Rows>
+void apply_runs_of_width(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base,
+                         int dim_of_any, const GradientRows<Grad>& grads, const RowMemory& memory,
+                         float* scratch, const Rows& rows) {
+  const int dim = Width > 0 ? Width : dim_of_any;
   const std::size_t grad_bytes = sizeof(Grad) * static_cast<std::size_t>(dim);
   const auto row_of = [&](std::int64_t i) {
     return static_cast<std::int64_t>(sorted[i].key) - base;
@@ -206,15 +170,29 @@ void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int6
     end = i + 1;
     while (end < hi && sorted[end].key == sorted[i].key) ++end;
     const std::int64_t ahead = min_of(hi, end + kPrefetchDistance);
-    for (std::int64_t j = i + kPrefetchDistance; j < ahead; ++j) fetch(j);
+    // (The gradients of a long run are fetched while it is summed.)
+    for (std::int64_t j = end - i > kLongRun ? end : i + kPrefetchDistance; j < ahead; ++j)
+      fetch(j);
     chunk[waiting] = {row_of(i),
-                      sum_run(grads, sorted + i, end - i, dim, scratch + waiting * stride)};
+                      sum_run<Width>(grads, sorted + i, end - i, dim, scratch + waiting * stride)};
     if (++waiting == chunk_size) {
       rows(chunk, waiting);
       waiting = 0;
     }
   }
   if (waiting > 0) rows(chunk, waiting);
+}
+
+// Runs of one table: sorted[lo, hi), keys counted from `base`. scratch: scratch_floats(dim).
+// rows(const RowGradient*, int count) takes the summed gradients, a few rows at a time.
+template <class Entry, Numeric Grad, class Rows>
+void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, int dim,
+                const GradientRows<Grad>& grads, const RowMemory& memory, float* scratch,
+                const Rows& rows) {
+  with_width(dim, [&](auto width) {
+    apply_runs_of_width<decltype(width)::value>(sorted, lo, hi, base, dim, grads, memory, scratch,
+                                                rows);
+  });
 }
 
 // The same for one update known at compile time.

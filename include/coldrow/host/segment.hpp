@@ -214,12 +214,43 @@ Entry* sort_lookups(const Lookups<Index>& lookups, int bits, int threads, Entry*
   return from;
 }
 
+// The first i in [lo, hi) for which after(i), or hi; what follows one for which it holds is so too.
+template <class F>
+std::int64_t first_where(std::int64_t lo, std::int64_t hi, const F& after) {
+  while (lo < hi) {
+    const std::int64_t middle = lo + (hi - lo) / 2;
+    if (after(middle)) {
+      hi = middle;
+    } else {
+      lo = middle + 1;
+    }
+  }
+  return lo;
+}
+
 // Where `part` begins when sorted entries are cut into `parts` without cutting a run of equal keys.
 template <class Entry>
 std::int64_t run_begin(const Entry* sorted, std::int64_t n, int part, int parts) {
-  std::int64_t i = part_begin(n, part, parts);
-  while (i > 0 && i < n && sorted[i].key == sorted[i - 1].key) ++i;
-  return i;
+  const std::int64_t i = part_begin(n, part, parts);
+  if (i == 0 || i == n || sorted[i].key != sorted[i - 1].key) return i;
+  return first_where(i, n, [&](std::int64_t j) { return sorted[j].key != sorted[i].key; });
+}
+
+// The runs of one part: [lo, cut), and, where the last of them is `hot` or longer, that one, [cut, hi).
+// A run that is longer than a part is the last of one.
+struct PartRuns {
+  std::int64_t lo, cut, hi;
+};
+template <class Entry>
+PartRuns part_runs(const Entry* sorted, std::int64_t n, int part, int parts, std::int64_t hot) {
+  PartRuns r{run_begin(sorted, n, part, parts), 0, run_begin(sorted, n, part + 1, parts)};
+  r.cut = r.hi;
+  if (r.hi - r.lo >= hot) {
+    const std::int64_t last = first_where(
+        r.lo, r.hi, [&](std::int64_t j) { return sorted[j].key == sorted[r.hi - 1].key; });
+    if (r.hi - last >= hot) r.cut = last;
+  }
+  return r;
 }
 
 }  // namespace host

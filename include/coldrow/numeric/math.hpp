@@ -43,6 +43,10 @@ COLDROW_HD constexpr T max_of(T a, T b) {
   return a < b ? b : a;
 }
 
+COLDROW_HD constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
 inline constexpr float kSmallestNormal = 1.17549435e-38f;
 inline constexpr float kLargestFloat = 3.40282347e+38f;
 

@@ -61,6 +61,17 @@ COLDROW_HD float first_touch(const D& decay, float lr) {
   }
 }
 
+// Calls f with the decay itself where `decay` is one that stands for others (AnyDecay): what a loop over
+// many rows uses, to decide once and not per row.
+template <class D, class F>
+COLDROW_HOST_INLINE void visit(const D& decay, const F& f) {
+  if constexpr (requires { decay.visit(f); }) {
+    decay.visit(f);
+  } else {
+    f(decay);
+  }
+}
+
 // No decay: the plain optimizer.
 struct NoDecay {
   COLDROW_HD float operator()(std::int32_t, float) const { return 1.0f; }

@@ -4,8 +4,9 @@
 //     static constexpr int scalar_states;   // float32 values per row
 //     static constexpr int vector_states;   // float32 arrays of D per row ("element-wise" state)
 //     auto row(float* scalars, float mean_square, float lr, std::int32_t step) const;
-//         once per row: advances the scalar states in place and returns what element() needs, an
-//         object with `bool finite() const`.
+//         once per row: advances the scalar states in place and returns what element() needs, a
+//         struct of plain fields with `bool finite() const`. Without branches it is run for many
+//         rows at a time, in vectors.
 //     float element(const auto& row, float g, float* vectors) const;
 //         per element: advances vectors[0 .. vector_states) in place, returns the amount
 //         subtracted.
@@ -33,6 +34,7 @@ concept EvaluatedOptimizer =
       { O::scalar_states } -> std::convertible_to<int>;  // needed: a static constexpr int
       { O::vector_states } -> std::convertible_to<int>;  // needed: a static constexpr int
       { o.row(state, x, x, t).finite() } -> std::same_as<bool>;  // needed: row().finite()
+      decltype(o.row(state, x, x, t)){};  // needed: what row() returns, a struct of plain fields
       { o.element(o.row(state, x, x, t), x, state) } -> std::same_as<float>;  // needed: element()
     };
 // clang-format on

@@ -46,22 +46,23 @@ COLDROW_INLINE void store_nearest(const Vector& x, half* p) {
   const __m256i bits = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
-// Convert<bfloat16>: add, keep the upper half, make NaNs quiet.
-COLDROW_INLINE void store_cut(__m512i b, __m512i addend, bfloat16* p) {
-  const __m512i rest = _mm512_and_si512(b, _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 nan = _mm512_cmpgt_epi32_mask(rest, _mm512_set1_epi32(0x7f800000));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(b, addend), 16);
-  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(0x40));
-  const __m512i out = _mm512_mask_blend_epi32(nan, rounded, quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+// Convert<bfloat16>: keep the upper half of the sum, but of NaNs that of x, made quiet.
+COLDROW_INLINE void store_cut(const Vector& x, __m512i sum, bfloat16* p) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet_bit = _mm512_set1_epi32(0x400000);
+  const __m512i out = _mm512_mask_or_epi32(sum, nan, _mm512_castps_si512(x.v), quiet_bit);
+  const __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), upper);
 }
 COLDROW_INLINE void store_nearest(const Vector& x, bfloat16* p) {
   const __m512i b = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-  store_cut(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)), p);
+  const __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000));
+  const __m512i sum = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
+  store_cut(x, _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1)), p);
 }
 COLDROW_INLINE void store_stochastic(const Vector& x, const std::uint32_t* random16, bfloat16* p) {
-  store_cut(_mm512_castps_si512(x.v), _mm512_loadu_si512(random16), p);
+  const __m512i b = _mm512_castps_si512(x.v);
+  store_cut(x, _mm512_add_epi32(b, _mm512_loadu_si512(random16)), p);
 }
 COLDROW_INLINE void multiply_add(Vector& acc, const Vector& a, const Vector& b) {
   acc.v = _mm512_fmadd_ps(a.v, b.v, acc.v);

@@ -50,6 +50,14 @@ COLDROW_HD float touch_factor(const Decay& decay, std::int32_t step, std::int32_
   return prev_iter == 0 ? first_touch(decay, lr) : decay(gap_at(step, prev_iter), lr);
 }
 
+// The same for K rows.
+template <int K, DecayPolicy Decay>
+COLDROW_HD void touch_factors(const Decay& decay, std::int32_t step,
+                              const std::int32_t (&prev_iter)[K], float lr, float (&shrink)[K]) {
+  COLDROW_LANES
+  for (int i = 0; i < K; ++i) shrink[i] = touch_factor(decay, step, prev_iter[i], lr);
+}
+
 // The factor that a read-charged forward before `step` multiplies a row by. `decay` is prepared as
 // of step - 1. Rows never touched read as stored. (step is wide because there is a read after the
 // last step too.)
@@ -92,7 +100,11 @@ struct RowUpdate {
   // Would this row be updated with finite numbers? Writes nothing.
   template <Group G>
   COLDROW_HD bool finite(const G& group, const RowType& row, const Grad* grad, int dim) const {
-    return plan(group, row, grad, dim).finite;
+    Plans<1> p;
+    read(group, row, grad, dim, p, 0);
+    touch_factors(decay, step, p.prev_iter, lr, p.shrink);
+    decide(dim, p);
+    return finite(group, p, 0, row, grad, dim);
   }
 
   // Updates the row in place. grad: the row's gradients summed, [dim]. key names the row for
@@ -101,32 +113,114 @@ struct RowUpdate {
   template <Group G>
   COLDROW_HD bool operator()(const G& group, const RowType& row, const Grad* grad, int dim,
                              ElementKey key) const {
+    Plans<1> p;
+    read(group, row, grad, dim, p, 0);
+    touch_factors(decay, step, p.prev_iter, lr, p.shrink);
+    decide(dim, p);
+    return write(group, p, 0, row, grad, dim, key);
+  }
+
+  // The three stages of an update, for a driver that has many rows in hand: read() each, decide() for
+  // all of them at once, write() each.
+
+  using Evaluated = PreparedOptimizer<Optimizer>;
+  using RowStep = decltype(std::declval<const Evaluated&>().row(static_cast<float*>(nullptr), 0.0f,
+                                                                0.0f, std::int32_t{}));
+  // What K rows each need but once, side by side: a compiler makes vectors of a loop over them.
+  template <int K>
+  struct Plans {
+    std::int32_t prev_iter[K];
+    float square_sum[K];                  // of the gradient
+    float scalars[RowType::kScalars][K];  // as stored; once decided, as they will be
+    float shrink[K], shrink_state[K];
+    RowStep row[K];
+    std::int32_t finite[K];  // 1 or 0, but for the elements
+  };
+
+  template <Group G, int K>
+  COLDROW_HD void read(const G& group, const RowType& row, const Grad* grad, int dim, Plans<K>& p,
+                       int i) const {
     constexpr int N = G::block;
-    const auto p = plan(group, row, grad, dim);
-    if (!p.finite && on_nonfinite == OnNonfinite::skip) return false;
+    // The state is read before the group meets in sum(): after that its first member may write it.
+    p.prev_iter[i] = *row.prev_iter;
+    for (int s = 0; s < Optimizer::scalar_states; ++s) p.scalars[s][i] = *row.scalars[s];
+    Lanes<N> squares, g;
+    broadcast(squares, 0.0f);
+    int c = group.rank() * N;
+    for (; c + N <= dim; c += group.size() * N) {
+      load(g, grad + c);
+      multiply_add(squares, g, g);
+    }
+    if (c < dim) {
+      load_partial(g, grad + c, dim - c);
+      multiply_add(squares, g, g);
+    }
+    p.square_sum[i] = group.sum(sum(squares));
+  }
+
+  // Once p.shrink has the touch_factors().
+  template <int K>
+  COLDROW_HD void decide(int dim, Plans<K>& p) const {
+    for (int i = 0; i < K; ++i) p.shrink_state[i] = decay_state ? p.shrink[i] : 1.0f;
+    COLDROW_LANES
+    for (int i = 0; i < K; ++i) {
+      const float mean_square = p.square_sum[i] / static_cast<float>(dim);
+      float scalars[RowType::kScalars] = {};
+      for (int s = 0; s < Optimizer::scalar_states; ++s)
+        scalars[s] = p.shrink_state[i] * p.scalars[s][i];
+      p.row[i] = optimizer.row(scalars, mean_square, lr, step);
+      // (A factor that is NaN is not in [0, 1] either.)
+      bool finite = is_finite(mean_square) & (p.shrink[i] >= 0.0f) & (p.shrink[i] <= 1.0f);
+      finite &= p.row[i].finite();
+      for (int s = 0; s < Optimizer::scalar_states; ++s) {
+        finite &= is_finite(scalars[s]);
+        p.scalars[s][i] = scalars[s];
+      }
+      p.finite[i] = finite;
+    }
+  }
+
+  // Is row i of `p` to be finite, elements included?
+  template <Group G, int K>
+  COLDROW_HD bool finite(const G& group, const Plans<K>& p, int i, const RowType& row,
+                         const Grad* grad, int dim) const {
+    if constexpr (kElementsFinite<Evaluated>) {
+      return p.finite[i] != 0;
+    } else {
+      return p.finite[i] != 0 && finite_elements(group, plan(p, i), row, grad, dim);
+    }
+  }
+
+  // Writes row i of `p`; returns what operator() does.
+  template <Group G, int K>
+  COLDROW_HD bool write(const G& group, const Plans<K>& p, int i, const RowType& row,
+                        const Grad* grad, int dim, ElementKey key) const {
+    constexpr int N = G::block;
+    const bool good = finite(group, p, i, row, grad, dim);
+    if (!good && on_nonfinite == OnNonfinite::skip) return false;
+    const Plan of_row = plan(p, i);
     key.step = step;
     int c = group.rank() * N;
-    for (; c + N <= dim; c += group.size() * N) columns<N>(p, row, grad, c, N, key);
-    if (c < dim) columns<N>(p, row, grad, c, dim - c, key);
+    for (; c + N <= dim; c += group.size() * N) columns<N>(of_row, row, grad, c, N, key);
+    if (c < dim) columns<N>(of_row, row, grad, c, dim - c, key);
     if (group.rank() == 0) {
-      for (int s = 0; s < Optimizer::scalar_states; ++s) *row.scalars[s] = p.scalars[s];
+      for (int s = 0; s < Optimizer::scalar_states; ++s) *row.scalars[s] = p.scalars[s][i];
       *row.prev_iter = step;
     }
     return true;
   }
 
  private:
-  using Evaluated = PreparedOptimizer<Optimizer>;
-  using RowStep = decltype(std::declval<const Evaluated&>().row(static_cast<float*>(nullptr), 0.0f,
-                                                                0.0f, std::int32_t{}));
-
+  // What the elements of a row need.
   struct Plan {
     float shrink;
     float shrink_state;
-    float scalars[RowType::kScalars];
     RowStep row;
-    bool finite;
   };
+  template <int K>
+  COLDROW_HD Plan plan(const Plans<K>& p, int i) const {
+    return {p.shrink[i], p.shrink_state[i], p.row[i]};
+  }
 
   template <int N, class T>
   static COLDROW_INLINE void get(const T* source, int count, float (&out)[N]) {
@@ -204,43 +298,6 @@ struct RowUpdate {
       }
     }
     return group.sum(finite ? 0.0f : 1.0f) == 0.0f;
-  }
-
-  template <Group G>
-  COLDROW_HD Plan plan(const G& group, const RowType& row, const Grad* grad, int dim) const {
-    constexpr int N = G::block;
-    // The state is read before the group meets in sum(): after that its first member may write it.
-    const std::int32_t prev_iter = *row.prev_iter;
-    float scalars[RowType::kScalars] = {};
-    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] = *row.scalars[s];
-    Lanes<N> squares, g;
-    broadcast(squares, 0.0f);
-    int c = group.rank() * N;
-    for (; c + N <= dim; c += group.size() * N) {
-      load(g, grad + c);
-      multiply_add(squares, g, g);
-    }
-    if (c < dim) {
-      load_partial(g, grad + c, dim - c);
-      multiply_add(squares, g, g);
-    }
-    const float mean_square = group.sum(sum(squares)) / static_cast<float>(dim);
-
-    const float shrink = touch_factor(decay, step, prev_iter, lr);
-    const float shrink_state = decay_state ? shrink : 1.0f;
-    // (A factor that is NaN is not in [0, 1] either.)
-    bool finite = is_finite(mean_square) && shrink >= 0.0f && shrink <= 1.0f;
-    for (int s = 0; s < Optimizer::scalar_states; ++s) scalars[s] *= shrink_state;
-    const RowStep row_step = optimizer.row(scalars, mean_square, lr, step);
-    finite = finite && row_step.finite();
-    for (int s = 0; s < Optimizer::scalar_states; ++s) finite = finite && is_finite(scalars[s]);
-
-    Plan p{shrink, shrink_state, {}, row_step, finite};
-    for (int s = 0; s < Optimizer::scalar_states; ++s) p.scalars[s] = scalars[s];
-    if constexpr (!kElementsFinite<Evaluated>) {
-      p.finite = p.finite && finite_elements(group, p, row, grad, dim);
-    }
-    return p;
   }
 };
 

@@ -105,16 +105,16 @@ void expect_segments(const BatchSpec& spec, std::uint64_t seed, std::int64_t mor
     std::int32_t parts = 0, slices = 0;
     for (std::size_t r = 0; r < runs; ++r) {
       const std::int32_t length = begin[r + 1] - begin[r];
-      if (length <= device::kLongRun) continue;
+      if (length <= kLongRun) continue;
       ASSERT_LT(l, s.long_runs.size());
       const LongRun& run = s.long_runs[l++];
       ASSERT_EQ(run.begin, begin[r]);
       ASSERT_EQ(run.end, begin[r + 1]);
       ASSERT_EQ(run.first_part, parts);
-      ASSERT_EQ(run.parts, (length + device::kPart - 1) / device::kPart);
+      ASSERT_EQ(run.parts, (length + kPart - 1) / kPart);
       ASSERT_EQ(run.first_slice, slices);
-      ASSERT_EQ(run.slices > 0, run.parts > device::kMaxParts);
-      ASSERT_LE(run.slices, device::kMaxParts);
+      ASSERT_EQ(run.slices > 0, run.parts > kMaxParts);
+      ASSERT_LE(run.slices, kMaxParts);
       parts += run.parts;
       slices += run.slices;
     }

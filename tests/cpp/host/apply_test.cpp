@@ -320,58 +320,5 @@ TEST(Apply, ReportsMergeToTheFirstAndAllOfThem) {
   EXPECT_EQ(total.stale.row, 8);
 }
 
-// ------------------------------------------------------------------------------------- sums alone
-
-// Memory is read to the end of a gradient row and no further, and the sum keeps the batch's order.
-template <class G>
-void expect_sum(int dim) {
-  Random random(5);
-  Feature feature{};
-  feature.out_stride = dim;
-  const auto values = random.numbers<G>(10 * dim);
-  const AtPageEnd<G> grad(values);
-  const GradientRows<G> rows{grad.data(), &feature, 1};
-  const std::vector<ScaledEntry> run = {{0, 9, 0.5f}, {0, 2, -1.5f}, {0, 9, 3.0f}};
-  std::vector<float> scratch(static_cast<std::size_t>((dim + 15) / 16 * 16));
-  const float* sum = host::sum_run(rows, run.data(), 3, dim, scratch.data());
-  for (int d = 0; d < dim; ++d) {
-    float expected = 0.0f;
-    for (const ScaledEntry& e : run) {
-      const double g =
-          value_of(values[static_cast<std::size_t>(static_cast<int>(e.out_row) * dim + d)]);
-      expected = std::fma(e.scale, static_cast<float>(g), expected);
-    }
-    ASSERT_EQ(sum[d], expected) << "dim " << dim << ", column " << d;
-  }
-}
-
-TEST(Apply, SumsInTheOrderOfTheBatch) {
-  for (int dim = 1; dim <= 140; ++dim) {
-    expect_sum<float>(dim);
-    expect_sum<half>(dim);
-    expect_sum<bfloat16>(dim);
-  }
-}
-
-// An output row belongs to the last feature of the table that begins at or before it.
-TEST(Apply, GradientRowsAreFoundByFeature) {
-  std::vector<float> data(100);
-  std::vector<Feature> features(3);
-  features[0].first_row = 2;
-  features[0].out_offset = 10;
-  features[0].out_stride = 4;
-  features[1].first_row = 5;
-  features[1].out_offset = 40;
-  features[1].out_stride = 2;
-  features[2].first_row = 9;
-  features[2].out_offset = 60;
-  features[2].out_stride = 7;
-  const GradientRows<float> rows{data.data(), features.data(), 3};
-  EXPECT_EQ(rows.row(2) - data.data(), 10);
-  EXPECT_EQ(rows.row(4) - data.data(), 18);
-  EXPECT_EQ(rows.row(5) - data.data(), 40);
-  EXPECT_EQ(rows.row(10) - data.data(), 67);
-}
-
 }  // namespace
 }  // namespace coldrow_test

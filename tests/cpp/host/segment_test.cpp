@@ -142,6 +142,43 @@ TYPED_TEST(Segment, PartsNeverCutARun) {
   }
 }
 
+// Parts and the hot runs at their ends together are everything, once, and no long run is in a part.
+TYPED_TEST(Segment, HotRunsAreSetApart) {
+  Random random(6);
+  for (int round = 0; round < 300; ++round) {
+    std::vector<TypeParam> sorted;
+    while (sorted.size() < 2000) {
+      const std::int64_t length = random.below(4) == 0 ? random.below(900) : 1 + random.below(3);
+      const auto key = static_cast<std::int64_t>(sorted.size());
+      for (std::int64_t i = 0; i < length; ++i) sorted.push_back(entry<TypeParam>(key, 0, 1.0f));
+    }
+    const auto n = static_cast<std::int64_t>(sorted.size());
+    const auto key = [&](std::int64_t i) { return sorted[static_cast<std::size_t>(i)].key; };
+    const int parts = 1 + static_cast<int>(random.below(30));
+    const std::int64_t hot = n / parts + 2 + random.below(400);
+    std::int64_t before = 0;
+    for (int part = 0; part < parts; ++part) {
+      const host::PartRuns r = host::part_runs(sorted.data(), n, part, parts, hot);
+      ASSERT_EQ(r.lo, before);
+      ASSERT_LE(r.lo, r.cut);
+      ASSERT_LE(r.cut, r.hi);
+      before = r.hi;
+      if (r.cut < r.hi) {
+        ASSERT_GE(r.hi - r.cut, hot);
+        ASSERT_EQ(key(r.cut), key(r.hi - 1));
+        ASSERT_TRUE(r.cut == 0 || key(r.cut) != key(r.cut - 1));
+      }
+      std::int64_t begin = r.lo;
+      for (std::int64_t i = r.lo; i < r.cut; ++i) {
+        if (key(i) != key(begin)) begin = i;
+        ASSERT_LT(i - begin + 1, hot);
+      }
+      ASSERT_TRUE(r.hi == n || key(r.hi) != key(r.hi - 1));
+    }
+    ASSERT_EQ(before, n);
+  }
+}
+
 // for_each() and for_keys() against the list of lookups that the batch is by definition, in pieces cut
 // anywhere; then each table's lookups sorted apart.
 template <class Entry, class Index>
