@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import contestants
 import curves
 import measuring
+import parts
 import report
 import torch
 from measuring import Timing
@@ -180,6 +181,15 @@ def test_the_plot_is_drawn(tmp_path):
     ]
     report.plot(timings, tmp_path / "plot.svg", "title")
     assert "coldrow touch fp32" in (tmp_path / "plot.svg").read_text()
+
+
+def test_parts_of_a_step_lie_within_it():
+    emptied = []
+    found = parts.measure(SMALL, 3, lambda: emptied.append(1))
+    assert len(emptied) >= 4 * 2  # before each contestant's step, the uncounted one's too
+    for phase in ("forward", "backward+update"):
+        assert 0 < found[f"{phase}: kernels"] < found[phase]
+        assert found[f"{phase}: a Function that does nothing"] > 0
 
 
 @pytest.mark.parametrize("draw", curves.DRAWS)

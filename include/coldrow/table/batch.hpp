@@ -51,9 +51,15 @@ struct BatchProblem {
 template <class Index>
 BatchProblem check_offsets(const Index* offsets, std::int64_t bags, std::int64_t positions) {
   if (offsets[0] != 0) return {BatchProblem::offsets_start, 0, offsets[0], -1};
-  bool ordered = true;
-  for (std::int64_t b = 0; b < bags; ++b) ordered &= offsets[b] <= offsets[b + 1];
-  for (std::int64_t b = 0; !ordered && b < bags; ++b) {
+  // The sign of what is wrong, of all at once: that makes vectors. (Of two numbers that are not negative
+  // the difference does not overflow.)
+  std::uint64_t wrong = 0;
+  for (std::int64_t b = 0; b < bags; ++b) {
+    const auto here = static_cast<std::uint64_t>(std::int64_t{offsets[b]});
+    const auto next = static_cast<std::uint64_t>(std::int64_t{offsets[b + 1]});
+    wrong |= next | (next - here);
+  }
+  for (std::int64_t b = 0; static_cast<std::int64_t>(wrong) < 0 && b < bags; ++b) {
     if (offsets[b] > offsets[b + 1])
       return {BatchProblem::offsets_decrease, b + 1, offsets[b + 1], -1};
   }
@@ -68,15 +74,17 @@ template <class Index>
 BatchProblem check_indices(const Batch<Index>& batch, const std::int64_t* rows) {
   for (std::int32_t f = 0; f < batch.num_features; ++f) {
     const Feature& feature = batch.features[f];
-    const auto limit = static_cast<std::uint64_t>(rows[feature.table]);
+    const auto last = static_cast<std::uint64_t>(rows[feature.table]) - 1;
     const Index* first = batch.indices + feature.first_position;
-    const auto outside = [&](std::int64_t p) {
-      return static_cast<std::uint64_t>(static_cast<std::int64_t>(first[p])) >= limit;
-    };
-    bool bad = false;
-    for (std::int64_t p = 0; p < feature.positions; ++p) bad |= outside(p);
-    for (std::int64_t p = 0; bad && p < feature.positions; ++p) {
-      if (outside(p)) return {BatchProblem::index_range, feature.first_position + p, first[p], f};
+    std::uint64_t wrong = 0;  // its sign: some index is negative, or beyond the last row
+    for (std::int64_t p = 0; p < feature.positions; ++p) {
+      const auto index = static_cast<std::uint64_t>(std::int64_t{first[p]});
+      wrong |= index | (last - index);
+    }
+    for (std::int64_t p = 0; static_cast<std::int64_t>(wrong) < 0 && p < feature.positions; ++p) {
+      if (first[p] < 0 || first[p] >= rows[feature.table]) {
+        return {BatchProblem::index_range, feature.first_position + p, first[p], f};
+      }
     }
   }
   return {};

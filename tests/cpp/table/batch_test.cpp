@@ -43,6 +43,11 @@ TYPED_TEST(BatchOf, BadOffsetsAreNamed) {
   expect_problem(check_offsets(decrease.data(), 4, 5), BatchProblem::offsets_decrease, 2, 3, -1);
   const std::vector<TypeParam> below_zero = {0, -1, 5};
   expect_problem(check_offsets(below_zero.data(), 2, 5), BatchProblem::offsets_decrease, 1, -1, -1);
+  // A decrease so large that its difference wraps.
+  constexpr TypeParam kMax = std::numeric_limits<TypeParam>::max();
+  constexpr TypeParam kMin = std::numeric_limits<TypeParam>::min();
+  const std::vector<TypeParam> wraps = {0, kMax, kMin, -1, 5};
+  expect_problem(check_offsets(wraps.data(), 4, 5), BatchProblem::offsets_decrease, 2, kMin, -1);
   const std::vector<TypeParam> end = {0, 2, 4};
   expect_problem(check_offsets(end.data(), 2, 5), BatchProblem::offsets_end, 2, 4, -1);
   expect_problem(check_offsets(end.data(), 2, 3), BatchProblem::offsets_end, 2, 4, -1);
@@ -75,6 +80,30 @@ TYPED_TEST(BatchOf, IndicesAreCheckedAgainstTheirOwnTable) {
   expect_problem(check<TypeParam>({0, 1, 2, -1, 99, 3}), BatchProblem::index_range, 3, -1, 0);
   expect_problem(check<TypeParam>({0, 1, 2, 0, kMin, 3}), BatchProblem::index_range, 4, kMin, 1);
   expect_problem(check<TypeParam>({kMax, 1, 2, 0, 0, 3}), BatchProblem::index_range, 0, kMax, 0);
+}
+
+// Every place of a loop that the compiler made vectors of, and every limit that a type can hold.
+TYPED_TEST(BatchOf, OneBadIndexAmongMany) {
+  for (const std::int64_t rows :
+       {std::int64_t{0}, std::int64_t{1}, std::int64_t{1} << 40, INT64_MAX}) {
+    for (std::int64_t n = 1; n < 70; ++n) {
+      for (std::int64_t bad = 0; bad < n; ++bad) {
+        std::vector<TypeParam> indices(static_cast<std::size_t>(n), 0);
+        Feature feature{};
+        feature.positions = n;
+        Batch<TypeParam> batch{};
+        batch.indices = indices.data();
+        batch.features = &feature;
+        batch.num_features = 1;
+        indices[static_cast<std::size_t>(bad)] = -5;
+        expect_problem(check_indices(batch, &rows), BatchProblem::index_range, rows > 0 ? bad : 0,
+                       rows > 0 || bad == 0 ? -5 : 0, 0);
+        indices[static_cast<std::size_t>(bad)] = 0;
+        const auto kind = check_indices(batch, &rows).kind;
+        EXPECT_EQ(kind, rows > 0 ? BatchProblem::none : BatchProblem::index_range);
+      }
+    }
+  }
 }
 
 TYPED_TEST(BatchOf, FeatureWithoutIndicesIsFine) {
