@@ -52,7 +52,7 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 
 # The CUDA module's sources, compiled for the stand-in (tests/cpp/device/simt.hpp). Never installed.
 STAND_IN := $(CURDIR)/build/stand-in
-$(STAND_IN)/.built: $(VENV)/.requirements $(SOURCES) tests/cpp/device/simt.hpp tests/stand_in/runtime.hpp
+$(STAND_IN)/.built: $(VENV)/.requirements $(SOURCES) tests/cpp/device/simt.hpp tests/cpp/device/simt_runtime.hpp
 	@mkdir -p $(STAND_IN)
 	@PATH="$(BIN):$$PATH" $(CMAKE) -S . -B $(STAND_IN) -G Ninja -DCMAKE_BUILD_TYPE=Release -DCOLDROW_PYTHON=ON \
 	    -DCOLDROW_CUDA=OFF -DCOLDROW_STAND_IN=ON -DCOLDROW_WERROR=ON >$(STAND_IN)/configure.log \

@@ -23,18 +23,19 @@ static_assert(static_cast<int>(device::Refusal::nonfinite_row) ==
 // The device of a call is the current one for its duration.
 class OnDevice {
  public:
-  OnDevice(device::Queue& queue, int number) {
+  OnDevice(device::Queue& queue, int number) : queue_(queue) {
     queue.add(cudaGetDevice(&before_));
-    if (before_ != number) queue.add(cudaSetDevice(number));
-    changed_ = before_ != number;
+    changed_ = queue.error == cudaSuccess && before_ != number;
+    if (changed_) queue.add(cudaSetDevice(number));
   }
   ~OnDevice() {
-    if (changed_) static_cast<void>(cudaSetDevice(before_));
+    if (changed_) queue_.add(cudaSetDevice(before_));
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
+  device::Queue& queue_;
   int before_ = 0;
   bool changed_ = false;
 };
@@ -425,20 +426,30 @@ Error copy_to_device(int device, const void* from, std::size_t bytes, void*& cop
   device::Queue queue(nullptr);
   const OnDevice guard(queue, device);
   copy = nullptr;
-  if (queue.error == cudaSuccess) queue.add(cudaMalloc(&copy, bytes));
-  if (queue.error == cudaSuccess) queue.add(cudaMemcpy(copy, from, bytes, cudaMemcpyHostToDevice));
+  if (queue.error != cudaSuccess) return text(queue.error);
+  queue.add(cudaMalloc(&copy, bytes));
+  if (queue.error != cudaSuccess) return text(queue.error);
+  queue.add(cudaMemcpyAsync(copy, from, bytes, cudaMemcpyHostToDevice, queue.stream));
+  // (cudaMemcpy may return while the device still copies, and other streams do not wait for this one.)
+  if (queue.error == cudaSuccess) queue.add(cudaStreamSynchronize(queue.stream));
+  if (queue.error != cudaSuccess) {
+    queue.add(cudaFree(copy));
+    copy = nullptr;
+  }
   return text(queue.error);
 }
 
 void free_on_device(int device, void* copy) {
   device::Queue queue(nullptr);
   const OnDevice guard(queue, device);
-  if (queue.error == cudaSuccess) static_cast<void>(cudaFree(copy));
+  if (queue.error == cudaSuccess) queue.add(cudaFree(copy));
 }
 
 Error count_devices(int& count) {
   count = 0;
-  return text(cudaGetDeviceCount(&count));
+  device::Queue queue(nullptr);
+  queue.add(cudaGetDeviceCount(&count));
+  return text(queue.error);
 }
 
 }  // namespace coldrow_module::cuda

@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -156,22 +157,30 @@ class Device:
         """Return the current stream of the array's library on the array's device."""
         if (torch := torch_of(array)) is not None:
             return int(torch.cuda.current_stream(array.device).cuda_stream)
-        cupy = sys.modules.get("cupy")
-        return 0 if cupy is None else int(cupy.cuda.get_current_stream().ptr)
+        if (cupy := sys.modules.get("cupy")) is None:
+            return 0
+        with _current(array):
+            return int(cupy.cuda.get_current_stream().ptr)
 
     def allocator(self, array: Any) -> Callable[[int], Any]:
         """Return what gives memory beside the array, from its library's own allocator."""
         if (torch := torch_of(array)) is not None:
             return lambda count: array.new_empty(count, dtype=torch.uint8)
         library = _library_of(array)
-        return lambda count: library.empty_like(array, shape=count, dtype="uint8")
+
+        def allocate(count: int) -> Any:
+            with _current(array):
+                return library.empty_like(array, shape=count, dtype="uint8")
+
+        return allocate
 
     def report(self, array: Any) -> Any:
         """Return an empty report beside the array."""
         size = self.native.report_size
         if (torch := torch_of(array)) is not None:
             return array.new_zeros(size, dtype=torch.int64)
-        return _library_of(array).zeros_like(array, shape=size, dtype="int64")
+        with _current(array):
+            return _library_of(array).zeros_like(array, shape=size, dtype="int64")
 
     def apply(
         self,
@@ -240,6 +249,12 @@ class Device:
             self.allocator(weight),
         )
         self.native.finish(report, [weight.shape[0]], step, stream)
+
+
+def _current(array: Any) -> AbstractContextManager[Any]:
+    """Return a context in which the array's device is its library's current one, where CuPy allocates."""
+    device = getattr(array, "device", None)
+    return device if isinstance(device, AbstractContextManager) else nullcontext()
 
 
 def _library_of(array: Any) -> Any:

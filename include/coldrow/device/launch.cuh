@@ -39,10 +39,13 @@ struct Queue {
     // clang-format off
     kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(args...);
     // clang-format on
-    error = cudaGetLastError();
 #endif
+    error = cudaGetLastError();
   }
+  // What a call of the runtime returned. The runtime remembers an error until it is asked for, which
+  // the next launch would do: it is forgotten here.
   void add(cudaError_t e) {
+    if (e != cudaSuccess) static_cast<void>(cudaGetLastError());
     if (error == cudaSuccess) error = e;
   }
 };

@@ -55,6 +55,8 @@ class _OneTable(nn.Module):
             raise ValueError(f"_weight: got {list(weight.shape)}, accepted: {list(shape)}")
         if dtype is None:
             dtype = torch.get_default_dtype() if weight is None else weight.dtype
+        if device is None:
+            device = torch.get_default_device() if weight is None else weight.device
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx = padding_idx
         self.freeze = freeze
@@ -62,7 +64,7 @@ class _OneTable(nn.Module):
             [Table("weight", *shape, dtype=dtype, init=nn.init.normal_)],
             update,
             pooling=pooling,  # type: ignore[arg-type]
-            device="cpu" if device is None else device,
+            device=device,
             output_dtype=dtype,
             **options,
         )
@@ -184,7 +186,7 @@ class EmbeddingBag(_OneTable):
         _weight: initial values ``[E, D]``, copied; default normal.
         include_last_offset: ``offsets`` has one entry more, the number of indices.
         padding_idx: a row that is left out of every bag and never trained.
-        device: where the table lives.
+        device: where the table lives; default that of ``_weight``, or torch's default device.
         dtype: float32, float16 or bfloat16, of the table and of what is returned.
         update: what a touch does; default ``RowUpdate()``.
         charge: "touch" or "read", when decay is charged.
@@ -312,7 +314,7 @@ class Embedding(_OneTable):
         sparse: either; gradients are never dense.
         _weight: initial values ``[E, D]``, copied; default normal.
         _freeze: never train.
-        device: where the table lives.
+        device: where the table lives; default that of ``_weight``, or torch's default device.
         dtype: float32, float16 or bfloat16, of the table and of what is returned.
         update: what a touch does; default ``RowUpdate()``.
         charge: "touch" or "read", when decay is charged.

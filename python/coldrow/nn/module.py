@@ -226,7 +226,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         """Return a module of one table, "weight", with a copy of an nn.EmbeddingBag's weights.
 
         Args:
-            module: its ``mode`` becomes the pooling ("none" for nn.Embedding).
+            module: its ``mode`` becomes the pooling ("none" for nn.Embedding); the table is on its device.
             update: what a touch does.
             **kwargs: passed on, e.g. ``charge="read"``.
 
@@ -247,7 +247,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         emb = cls(
             [Table("weight", rows, dim, dtype=source.dtype, init=nn.init.zeros_)],
             update,
-            **{"pooling": pooling, **kwargs},
+            **{"pooling": pooling, "device": source.device, **kwargs},
         )
         emb.tables[0].init = None  # rows evicted later are drawn anew, not zeroed
         with torch.no_grad():

@@ -493,8 +493,18 @@ void odd_sizes() {
     spec.offsets = false;
     update_equals_host<float, float>(spec, kRmsprop, Nearest{}, static_cast<std::uint64_t>(n));
   }
-  BatchSpec spec = of_width(13000, 1);
-  update_equals_host<float, float>(spec, kRmsprop, Nearest{}, 1);
+  update_equals_host<float, float>(of_width(13000, 1), kRmsprop, Nearest{}, 1);
+
+  // As much shared memory as a block may have without asking for more.
+  const std::string where = "shared memory";
+  const auto launch_for = [](int dim) {
+    using Update = Training<float, RowwiseRMSprop, Nearest>::Update;
+    return device::choose_apply<Update>({1000, 1000, 1, dim, false, this_machine()}).launch;
+  };
+  int dim = 4096;
+  while (launch_for(dim).threads < device::kThreads) --dim;
+  CHECK(launch_for(dim).shared_bytes > device::kMaxShared - 256);
+  update_equals_host<float, float>(of_width(dim, 1), kRmsprop, Nearest{}, 2);
 }
 
 template <class W, class Out>
@@ -719,6 +729,34 @@ void refusals() {
   CHECK(report.kind == device::Refusal::stale_row && report.value >= 3);
 }
 
+// What the host composes comes to the device whole, in several launches where it is long.
+void uploads() {
+  for (const std::size_t count : {1u, 3071u, 3072u, 3073u, 10000u}) {
+    const std::string where = std::to_string(count) + " bytes";
+    std::vector<unsigned char> bytes(count);
+    for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<unsigned char>(i * 7 + i / 256);
+    const DeviceArray<unsigned char> target(std::vector<unsigned char>(count, 0xee));
+    device::Queue queue(nullptr);
+    device::upload(queue, target.data(), bytes.data(), count);
+    NEED(queue.error);
+    CHECK(target.get() == bytes);
+  }
+}
+
+// One call's error is not the next one's, though the runtime remembers it until it is asked.
+void errors() {
+  const std::string where = "errors";
+  void* none = nullptr;
+  device::Queue failed(nullptr);
+  failed.add(cudaMalloc(&none, std::size_t{1} << 60));
+  CHECK(failed.error == cudaErrorMemoryAllocation);
+  const DeviceArray<device::Report> report(one(device::Report{}));
+  device::Queue queue(nullptr);
+  device::begin_batch(queue, report.data(), true);
+  CHECK(queue.error == cudaSuccess);
+  CHECK(report.get()[0].batches == 1);
+}
+
 // Two streams at work at once, each with tables and memory of its own, nobody waiting in between.
 void streams() {
   const std::string where = "streams";
@@ -912,7 +950,8 @@ struct Case {
 };
 constexpr Case kCases[] = {{"updates", updates}, {"odd_sizes", odd_sizes}, {"lookups", lookups},
                            {"repeats", repeats}, {"graphs", graphs},       {"refusals", refusals},
-                           {"streams", streams}, {"sorts", sorts},         {"far_rows", far_rows}};
+                           {"uploads", uploads}, {"errors", errors},       {"streams", streams},
+                           {"sorts", sorts},     {"far_rows", far_rows}};
 
 int run(const std::vector<std::string>& names) {
   int devices = 0;

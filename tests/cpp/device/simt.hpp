@@ -26,6 +26,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if !defined(COLDROW_SIMT)
@@ -282,12 +283,21 @@ struct Device {
   Index3 block_index, block_size, grid_size;
   unsigned char* shared = nullptr;
   std::int64_t launches = 0;
+  cudaError_t last_error = cudaSuccess;  // of a call of the runtime, until somebody asks
 };
 
 inline Device& device() {
   static Device& one = *new Device;  // fibers may outlive static objects
   return one;
 }
+
+}  // namespace simt
+
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(simt::device().last_error, cudaSuccess);
+}
+
+namespace simt {
 
 // Sets the order for as long as it lives.
 class WithOrder {
