@@ -115,10 +115,12 @@ def test_side_streams(device):
     emb, eager = module(device), module(device)
     batches = Batches(emb)
     stream = torch.cuda.Stream()
+    kept = []  # the other stream is behind: torch must not give their memory to what is drawn next
     for _ in range(5):
         batch = batches.draw()
         out = eager(*batch)
         grad = batches.grad_for(out)
+        kept.append((batch, grad))
         out.backward(grad)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -172,6 +172,32 @@ def test_to_and_back(device):
     assert emb.clock == 2
 
 
+@pytest.mark.cuda_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_device(device):
+    """While the first is the current one: modules, functions, a schedule's table, refusals."""
+    update = coldrow.RowUpdate(coldrow.SGD(lr=0.125), coldrow.CumulativeLinear(half_life=8.0))
+    found = []
+    for place in ("cuda:1", "cuda:0"):
+        emb = module(place, update, charge="read")
+        batches = Batches(emb)
+        for _ in range(3):
+            step(emb, batches)
+        emb.check()
+        weight = torch.ones(6, 8, device=place)
+        state = coldrow.init_state(update, 6, 8, like=weight)
+        grad, rows = torch.ones(2, 8, device=place), torch.tensor([1, 5], device=place)
+        coldrow.apply_(update, weight, grad, rows, state, step=4)
+        with pytest.raises(IndexError, match="6"):
+            coldrow.apply_(update, weight, grad, rows + 1, state, step=5)
+        found.append({"weight": weight.cpu(), "read": emb.read("a").cpu(), **contents(emb)})
+        assert torch.cuda.current_device() == 0
+    assert_same(*found)
+    emb = module("cuda:1")
+    with pytest.raises(ValueError, match=r"(?s)(?=.*cuda:0)(?=.*cuda:1)"):
+        emb(*Batches(module("cuda:0")).draw())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_dtypes(device, dtype):
     found = []

@@ -24,8 +24,7 @@ namespace simt {
 // Does what a call is for, unless a stream is captured.
 template <class F>
 cudaError_t unless_captured(const F& f) {
-  const cudaError_t error =
-      device().recording != nullptr ? cudaErrorStreamCaptureUnsupported : f();
+  const cudaError_t error = device().recording != nullptr ? cudaErrorStreamCaptureUnsupported : f();
   if (error != cudaSuccess) device().last_error = error;
   return error;
 }
