@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _info() -> None:
-    from coldrow import __version__, _core, cuda
+    from coldrow import __version__, _core, _engines, cuda
 
     print(f"coldrow   {__version__}")
     print(f"python    {platform.python_version()} on {platform.platform()}")
@@ -38,7 +38,11 @@ def _info() -> None:
             print(f"{package:<9} not installed")
     print(f"builds    {', '.join(_core.builds())} (in use: {_core.build()})")
     print(f"threads   {_core.threads()}")
-    print(f"cuda      built: {cuda.is_built()}, available: {cuda.is_available()}")
+    why = None if _engines.device is None else _engines.device.unavailable()
+    print(
+        f"cuda      built: {cuda.is_built()}, available: {cuda.is_available()}"
+        + (f" ({why})" if why else "")
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import stand_in
 import torch
 
 import coldrow
-from coldrow import _engines, nn
+from coldrow import __main__, _engines, nn
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 pytestmark = pytest.mark.filterwarnings("ignore:an epoch-aware decay is in use")
@@ -133,6 +133,15 @@ def test_torchs_layers_keep_their_device():
         assert nn.Embedding(6, 4).weight.is_meta
         assert nn.Embedding(6, 4, device="cpu").weight.device.type == "cpu"
     assert nn.Embedding(6, 4).weight.device.type == "cpu"
+
+
+def test_info_says_why_there_is_no_device(monkeypatch, capsys):
+    engine = Elsewhere(Native())
+    monkeypatch.setattr(engine.native, "devices", lambda: (0, "no driver"), raising=False)
+    monkeypatch.setattr(sys, "argv", ["coldrow", "info"])
+    with stand_in.in_use(engine):
+        __main__.main()
+    assert "cuda      built: True, available: False (no driver)\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- other libraries

@@ -235,10 +235,12 @@ __global__ void count_runs(Entries sorted, std::int64_t n, RunCounts* counts,
   }
 }
 
+inline constexpr int kMostScanThreads = 1024;
+
 // Replaces counts by the sums of those before, and writes the totals. One block.
 template <class = void>
-__global__ void scan_counts(RunCounts* counts, std::int64_t count, RunCounts* totals,
-                            const Report* report) {
+__global__ void __launch_bounds__(kMostScanThreads)
+    scan_counts(RunCounts* counts, std::int64_t count, RunCounts* totals, const Report* report) {
   __shared__ RunCounts sums[32];  // of the block's warps up to each
   const int lane = static_cast<int>(threadIdx.x & 31u);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -396,8 +398,8 @@ inline void find_runs(Queue& queue, const Layout& layout, const Extent& e, const
   if (warps > 0) {
     queue.run(kernel::count_runs<>, by_warp, sorted, e.positions, space.warp_counts, report);
   }
-  const int scan_threads =
-      static_cast<int>(min_of<std::int64_t>(1024, divide_up(warps + 1, 32) * 32));
+  const int scan_threads = static_cast<int>(
+      min_of<std::int64_t>(kernel::kMostScanThreads, divide_up(warps + 1, 32) * 32));
   queue.run(kernel::scan_counts<>, Launch{1, scan_threads, 0}, space.warp_counts, warps,
             space.runs.counts, report);
   if (warps > 0) {

@@ -787,7 +787,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         return sum(m.numel() * m.element_size() for s in self._state for m in s.memory)
 
     def check(self) -> None:
-        """Raise what was found on a CUDA device since the last check; waits for it.
+        """Raise what was found on a CUDA device since the last check; waits for torch's current stream.
 
         It is the first batch that was refused, and why: with which table, position and value. A CPU
         module has raised already: does nothing.
