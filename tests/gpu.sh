@@ -147,7 +147,7 @@ else
   # The drivers on small batches: all kernels, all paths through them.
   for tool in memcheck racecheck initcheck; do
     sanitize $tool 150 drivers "$out/cpp/drivers_gpu" --quick \
-      updates odd_sizes lookups repeats refusals uploads graphs
+      updates odd_sizes lookups views repeats refusals uploads graphs
   done
   # Through Python, with each allocation one of the driver's, so that its bounds are known.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 150 wheel "${tests[@]}" tests/cuda/test_cuda_module.py \

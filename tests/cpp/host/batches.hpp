@@ -17,6 +17,7 @@ struct BatchSpec {
   bool mean = false;
   bool weighted = false;
   bool offsets = true;  // false: every index is a bag of its own
+  int gap = 3;          // between output rows: nobody's
 };
 
 // Tables 0 and 1 are shared by two features each, bags may be empty, one feature has none at all.
@@ -109,7 +110,7 @@ struct TestBatch {
     feature.positions = positions() - feature.first_position;
     feature.first_row = spec.pooled ? feature.first_bag : feature.first_position;
     feature.out_offset = out_size;
-    feature.out_stride = feature.dim + 3;  // wider than a row: the gap is nobody's
+    feature.out_stride = feature.dim + spec.gap;
     out_size += (spec.pooled ? feature.bags : feature.positions) * feature.out_stride;
     features.push_back(feature);
   }
