@@ -360,6 +360,17 @@ BatchSpec mixed(int times) {
   for (auto& bags : spec.bags) bags *= times;
   return spec;
 }
+// More tables and features than a warp has lanes, of all widths; some bags, some none.
+BatchSpec many_tables() {
+  BatchSpec spec;
+  for (int t = 0; t < 75; ++t) {
+    spec.rows.push_back(3 + t % 5);
+    spec.dims.push_back(1 + (t * 37) % 70);
+    spec.feature_tables.push_back((t * 7) % 75);
+    spec.bags.push_back(t % 4);
+  }
+  return spec;
+}
 // Output rows and gradients lie at multiples of 16 bytes, if rows have such a size, or do not.
 BatchSpec of_width(int dim, int times, bool spread = true) {
   BatchSpec spec;
@@ -492,6 +503,11 @@ void updates() {
     update_equals_host<float, coldrow::bfloat16>(spec, Adagrad{}, Nearest{}, seed);
     update_equals_host<half, float>(spec, SGD{}, Stochastic{5}, seed);
   }
+  for (const bool pooled : {false, true}) {
+    BatchSpec spec = many_tables();
+    spec.pooled = pooled;
+    update_equals_host<float, float>(spec, kRmsprop, Nearest{}, 1);
+  }
 }
 
 // Nothing, one index, runs about the lengths at which they are cut, a run that is the batch, rows of
@@ -572,6 +588,11 @@ void lookups() {
     spec.mean = how == 2;
     spec.pooled = how != 3;
     lookup_equals_host<float, coldrow::bfloat16>(spec, static_cast<std::uint64_t>(how));
+  }
+  for (const bool pooled : {false, true}) {
+    BatchSpec spec = many_tables();
+    spec.pooled = pooled;
+    lookup_equals_host<half, float>(spec, 1);
   }
 }
 
