@@ -239,7 +239,7 @@ inline constexpr int kMostScanThreads = 1024;
 
 // Replaces counts by the sums of those before, and writes the totals. One block.
 template <class = void>
-__global__ void __launch_bounds__(kMostScanThreads)
+__global__ void __launch_bounds__(kMostScanThreads, 1)
     scan_counts(RunCounts* counts, std::int64_t count, RunCounts* totals, const Report* report) {
   __shared__ RunCounts sums[32];  // of the block's warps up to each
   const int lane = static_cast<int>(threadIdx.x & 31u);
