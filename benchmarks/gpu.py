@@ -508,8 +508,10 @@ def render(result: dict[str, Any]) -> str:
                 f"| {t['contestant']} | {t['phase']} | {t['median']:.4f} | {t['q1']:.4f} to {t['q3']:.4f} "
                 f"| {over} | {t['rows'] / t['median'] / 1e3:.0f} |"
             )
-        alone = statistics.median(result["torch_sort"][work])
-        lines.append(f"\ntorch.sort of the same ids as int32, ms: {alone:.4f}")
+        if alone := result["torch_sort"].get(work):  # (not yet there in a run that was cut off)
+            lines.append(
+                f"\ntorch.sort of the same ids as int32, ms: {statistics.median(alone):.4f}"
+            )
         for name, parts in result["parts"].get(work, {}).items():
             split = ", ".join(f"{part} {ms:.4f}" for part, ms in parts.items())
             lines.append(f"\n{name}, kernels of a step by the profiler, ms: {split}")
@@ -571,6 +573,40 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def run(
+    work: Workload,
+    make: Maker,
+    batches: list[Batch],
+    device: Device,
+    bandwidth: float,
+    repeats: int,
+) -> tuple[list[Timing], dict[str, float]]:
+    """Build a contestant, check it, and time it; its memory goes with the call."""
+    contestant = make(work, device)
+    generator = torch.Generator(device.name).manual_seed(7)
+    shape = (work.batch, len(work.rows) * work.dim)
+    dtype = DTYPES[contestant.dtype]
+    grads = [
+        torch.randn(shape, device=device.name, generator=generator).to(dtype)
+        for _ in range(min(3, len(batches)))
+    ]
+    check(work, contestant, batches[0], grads[0])
+    gc.collect()
+    gc.disable()
+    try:
+        taken = measure(work, contestant, batches, grads, device, bandwidth, repeats)
+    finally:
+        gc.enable()
+    return taken, profile(contestant, batches, grads, device)
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result, if it is to be kept."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Run the benchmark."""
     args = arguments()
@@ -601,6 +637,10 @@ def main() -> None:
         "parts": {},
         "torch_sort": {},
     }
+    path = args.json
+    if path is None and device.cuda:
+        short = re.sub(r"\W+", "-", str(facts["device"]).lower()).strip("-")
+        path = RESULTS / f"gpu-{short}.json"
     for name in args.workloads:
         work = SHAPES[name] if device.cuda else smaller(SHAPES[name])
         result["workloads"][name] = str(work).partition(": ")[2]
@@ -609,46 +649,28 @@ def main() -> None:
             if not re.search(args.only, contestant_name):
                 continue
             try:
-                contestant = make(work, device)
+                taken, parts = run(work, make, batches, device, bandwidth, args.repeats)
             except torch.cuda.OutOfMemoryError:
                 result["notes"].append(
-                    f"{contestant_name} on {name}: its tables do not fit, left out"
+                    f"{contestant_name} on {name}: does not fit into the device's memory, left out"
                 )
-                continue
-            generator = torch.Generator(device.name).manual_seed(7)
-            shape = (work.batch, len(work.rows) * work.dim)
-            grads = [
-                torch.randn(shape, device=device.name, generator=generator).to(
-                    DTYPES[contestant.dtype]
-                )
-                for _ in range(min(3, args.batches))
-            ]
-            check(work, contestant, batches[0], grads[0])
-            gc.collect()
-            gc.disable()
-            timings = measure(work, contestant, batches, grads, device, bandwidth, args.repeats)
-            gc.enable()
-            for t in timings:
+                taken, parts = [], {}
+            for t in taken:
                 over = f"{t.median / t.floor_ms:.2f} x floor" if t.floor_ms else ""
                 print(
                     f"{name:4} {t.contestant:22} {t.phase:18} {t.median:9.4f} ms  {over}",
                     flush=True,
                 )
-            result["timings"] += [t.summary() for t in timings]
-            if parts := profile(contestant, batches, grads, device):
+            result["timings"] += [t.summary() for t in taken]
+            if parts:
                 result["parts"].setdefault(name, {})[contestant_name] = parts
-            del contestant, grads
             gc.collect()
             if device.cuda:
                 torch.cuda.empty_cache()
+            write(path, result)  # so far: what was measured stays, should the run be cut off
         result["torch_sort"][name] = time_torch_sort(batches[0], device, args.repeats)
-    path = args.json
-    if path is None and device.cuda:
-        short = re.sub(r"\W+", "-", str(facts["device"]).lower()).strip("-")
-        path = RESULTS / f"gpu-{short}.json"
+    write(path, result)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {path}")
     print("\n" + render(result))
 
