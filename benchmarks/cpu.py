@@ -126,6 +126,11 @@ def main() -> None:
         del contestants
     if not timings:
         raise SystemExit("nothing was measured")
+    for name, threads in report.not_more_processors(timings):
+        notes(
+            f"{name}, threads={threads}: the floor gains nothing from them, so the processors were not there: "
+            "do not use these figures"
+        )
     ratios = report.show_ratios(timings)
     figures = report.show_figures(timings)
     took = calls.measure(only="^coldrow: ") if "coldrow" in sys.modules else {}

@@ -39,6 +39,21 @@ def ratios(
     return found
 
 
+def not_more_processors(timings: Sequence[Timing]) -> list[tuple[str, int]]:
+    """Workloads and numbers of threads at which the floor's update is hardly faster than on one thread.
+
+    Its work is divided evenly and it only waits for memory, so then there was no other processor: on a
+    virtual machine the host may have one core for two for as long as a process lives.
+    """
+    by = medians(timings)
+    alone = []
+    for (name, threads, contestant, phase), took in by.items():
+        one = by.get((name, 1, contestant, phase))
+        if (contestant, phase) == (FLOOR, "update") and threads > 1 and one and one < 1.2 * took:
+            alone.append((name, threads))
+    return alone
+
+
 def show(timings: Sequence[Timing]) -> None:
     """Print the table of one workload and number of threads."""
     work, threads = WORKLOADS[timings[0].workload], timings[0].threads

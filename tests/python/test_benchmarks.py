@@ -192,6 +192,19 @@ def test_parts_of_a_step_lie_within_it():
         assert found[f"{phase}: a Function that does nothing"] > 0
 
 
+def test_threads_without_a_processor_are_noticed():
+    of = [
+        timing("W1z", "floor", "update", 2.0),
+        timing("W1z", "floor", "update", 1.9, threads=2),
+        timing("W4", "floor", "update", 2.0),
+        timing("W4", "floor", "update", 1.1, threads=2),
+        timing("W4", "floor", "sort", 1.0),
+        timing("W4", "floor", "sort", 1.0, threads=2),  # not divided
+        timing("W3", "floor", "update", 1.0, threads=2),  # nothing to compare with
+    ]
+    assert report.not_more_processors(of) == [("W1z", 2)]
+
+
 @pytest.mark.parametrize("draw", curves.DRAWS)
 def test_ids_of_the_curves(draw):
     rows, generator = 1_000_000, torch.Generator().manual_seed(1)

@@ -162,19 +162,24 @@ Entry* sort_lookups(const Lookups<Index>& lookups, int bits, int threads, Entry*
       for (std::int64_t i = lo; i < hi; ++i) ++count[digit(from[i].key, pass)];
       return;
     }
-    // What is written first is fetched meanwhile: scattered writes would each wait for memory.
-    const Entry* fetched = to + lo;
+    // What is written is fetched meanwhile: scattered writes would each wait for memory.
+    const Entry* first = entries + lo;
+    const Entry* second = other + lo;
+    const auto fetch_next = [&] {
+      __builtin_prefetch(first++, 1, 3);
+      if (passes > 1) __builtin_prefetch(second++, 1, 3);
+    };
     if (both) {
       for (std::uint32_t d = 0; d <= mask; ++d) next[d] = 0;
       lookups.for_keys(lo, hi, [&](std::int64_t key) {
-        __builtin_prefetch(fetched++, 1, 3);
+        fetch_next();
         ++count[digit(static_cast<Key>(key), 0)];
         ++next[digit(static_cast<Key>(key), 1)];
       });
       return;
     }
     lookups.for_keys(lo, hi, [&](std::int64_t key) {
-      __builtin_prefetch(fetched++, 1, 3);
+      fetch_next();
       ++count[digit(static_cast<Key>(key), 0)];
     });
   };
