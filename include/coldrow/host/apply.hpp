@@ -57,11 +57,14 @@ struct RowGradient {
 inline constexpr int kChunkRows = 16;
 inline constexpr int kChunkFloats = 4096;
 
-// Updates at most kChunkRows rows, no row twice, or with Pass::check finds what would have to be refused.
+// Updates rows, no row twice, or with Pass::check finds what would have to be refused.
 template <class Update>
 void update_rows(const Update& update,
                  const Table<typename Update::weight_type, typename Update::optimizer_type>& table,
                  Pass pass, const RowGradient* rows, int count, ApplyReport& report) {
+  for (; count > kChunkRows; rows += kChunkRows, count -= kChunkRows) {
+    update_rows(update, table, pass, rows, kChunkRows, report);
+  }
   using Optimizer = typename Update::optimizer_type;
   const Serial group;
   typename Update::template Plans<kChunkRows> plans{};

@@ -320,5 +320,32 @@ TEST(Apply, ReportsMergeToTheFirstAndAllOfThem) {
   EXPECT_EQ(total.stale.row, 8);
 }
 
+// However many rows are handed over at a time, each is updated as if alone.
+TEST(Apply, RowsInAnyNumber) {
+  using Update = RowUpdate<float, float, RowwiseRMSprop, LinearClipped, Nearest>;
+  for (const int dim : {1, 16, 33, 64}) {
+    for (const int count : {0, 1, 15, 16, 17, 50}) {
+      Random random(static_cast<std::uint64_t>(dim + count));
+      OwnedTable<float> together(60, dim, random);
+      for (auto& record : together.records) {
+        record = {static_cast<float>(random.below(9)), static_cast<std::int32_t>(random.below(5))};
+      }
+      const auto grads = random.numbers<float>(count * dim);
+      OwnedTable<float> apart = together;
+      const auto update = Update::at(7, 0.1, {1e-6f, 0.75f}, {0.125f, 0.25f});
+      std::vector<host::RowGradient> rows;
+      for (int i = 0; i < count; ++i) rows.push_back({59 - i, grads.data() + i * dim});
+      ApplyReport report;
+      host::update_rows(update, together.view(), Pass::update, rows.data(), count, report);
+      for (const host::RowGradient& r : rows) {
+        const auto table = apart.view();
+        ASSERT_TRUE(update(Serial{}, table.row(r.row), r.grad, dim, table.key(r.row)));
+      }
+      ASSERT_TRUE(together == apart) << count << " rows of " << dim;
+      ASSERT_EQ(report.nonfinite.count, 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace coldrow_test
