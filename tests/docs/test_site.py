@@ -101,7 +101,7 @@ int other();
         cpp_reference.page(h).split(".hpp).\n", 1)[1] for h in cpp_reference.headers("policy")
     )
     assert "private:" not in shown
-    assert "return" not in shown
+    assert "return" not in re.sub(r"//.*", "", shown)
 
 
 def test_nothing_is_loaded_from_elsewhere():
