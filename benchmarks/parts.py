@@ -20,25 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import BACKWARD, FORWARD, Batch, Coldrow, Floor, Missing
+from contestants import BACKWARD, FORWARD, Batch, Coldrow, Floor, Missing, Nothing
 from measuring import Evictor, environment
 from workloads import POOLED, WORKLOADS, Workload
 
 Parts = dict[str, list[float]]  # milliseconds, by what took them
-
-
-class Nothing(torch.autograd.Function):
-    """Takes part in autograd, and does nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Any, out: Any) -> Any:
-        """Return ``out``."""
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
-        """Return no gradients."""
-        return None, None
 
 
 def timed(parts: Parts, name: str, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -226,12 +226,10 @@ UpdateSpace lay_out(const BatchArgs& b, Workspace& w) {
   s.scratch_size = 16;
   for (std::int32_t t = 0; t < b.num_tables; ++t) {
     s.scratch_size = max_of(s.scratch_size, host::scratch_floats(b.tables[t].dim) + 16);
+    s.hot_stride = max_of<std::int64_t>(s.hot_stride, host::padded(b.tables[t].dim));
   }
   s.scratch = w.take<float>(s.scratch_size * b.threads);
   s.hot_runs = w.take<HotRun>(most_hot_runs(b));
-  for (std::int32_t t = 0; t < b.num_tables; ++t) {
-    s.hot_stride = max_of<std::int64_t>(s.hot_stride, (b.tables[t].dim + 15) / 16 * 16);
-  }
   s.hot_sums = w.take<float>(most_hot_runs(b) * kMaxParts * s.hot_stride);
   s.reports = w.take<host::ApplyReport>(b.threads);
   with_entry(b, [&](auto entry) {
@@ -396,7 +394,6 @@ UpdateReport run_update(const BatchArgs& b, const void* grad, DType grad_type,
                       hot_sums(part / kMaxParts));
     });
   });
-
   for (int i = 0; i < hot_runs; ++i) {
     const HotRun& run = s.hot_runs[i];
     host::sum_slices(host::slices_of(run.length), b.tables[run.table].dim, hot_sums(i));

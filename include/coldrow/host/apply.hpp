@@ -147,7 +147,7 @@ class RowMemory {
 inline int chunk_rows(int dim) { return max_of(1, min_of(kChunkRows, kChunkFloats / (dim + 15))); }
 // Floats of scratch that apply_runs() needs.
 inline std::int64_t scratch_floats(int dim) {
-  return static_cast<std::int64_t>(chunk_rows(dim)) * ((dim + 15) / 16 * 16);
+  return static_cast<std::int64_t>(chunk_rows(dim)) * padded(dim);
 }
 
 // apply_runs() for rows of Width columns, or, where that is 0, of dim_of_any.
@@ -166,7 +166,7 @@ void apply_runs_of_width(const Entry* sorted, std::int64_t lo, std::int64_t hi, 
   };
   RowGradient chunk[kChunkRows];
   const int chunk_size = chunk_rows(dim);
-  const int stride = (dim + 15) / 16 * 16;
+  const int stride = padded(dim);
   int waiting = 0;
   for (std::int64_t i = lo; i < min_of(hi, lo + kPrefetchDistance); ++i) fetch(i);
   for (std::int64_t i = lo, end; i < hi; i = end) {

@@ -1,60 +1,14 @@
 // The gradients that reach a row, summed in float32, in the order of table/run.hpp.
 #pragma once
 
-#include "../row/lanes.hpp"
 #include "../table/batch.hpp"
 #include "../table/run.hpp"
+#include "columns.hpp"
 #include "parallel.hpp"
 
 COLDROW_BEGIN
 
 namespace host {
-
-// Calls f with a row's width as a constant where it is a common one, else with 0: loops over columns are
-// then unrolled, which is worth a tenth of a step.
-template <class F>
-COLDROW_HOST_INLINE void with_width(int dim, const F& f) {
-  using std::integral_constant;
-  switch (dim) {
-    case 16:
-      return f(integral_constant<int, 16>{});
-    case 32:
-      return f(integral_constant<int, 32>{});
-    case 64:
-      return f(integral_constant<int, 64>{});
-    case 128:
-      return f(integral_constant<int, 128>{});
-    default:
-      return f(integral_constant<int, 0>{});
-  }
-}
-
-// Calls f(blocks, whole, column) for the columns of a row of `dim`, 16 * blocks at a time, of which all
-// exist (whole) or, in the last one, dim - column. Width: dim where it is known when compiling, or 0.
-template <int Width, class F>
-COLDROW_HOST_INLINE void for_columns(int dim, const F& f) {
-  using std::integral_constant;
-  if constexpr (Width > 0) {
-    static_assert(Width % 16 == 0 && Width <= 128);
-    f(integral_constant<int, Width / 16>{}, std::true_type{}, 0);
-  } else {
-    int c = 0;
-    for (; c + 128 <= dim; c += 128) f(integral_constant<int, 8>{}, std::true_type{}, c);
-    if (c + 64 <= dim) {
-      f(integral_constant<int, 4>{}, std::true_type{}, c);
-      c += 64;
-    }
-    if (c + 32 <= dim) {
-      f(integral_constant<int, 2>{}, std::true_type{}, c);
-      c += 32;
-    }
-    if (c + 16 <= dim) {
-      f(integral_constant<int, 1>{}, std::true_type{}, c);
-      c += 16;
-    }
-    if (c < dim) f(integral_constant<int, 1>{}, std::false_type{}, c);
-  }
-}
 
 // The gradient of the output, by output row, for the features of one table.
 template <Numeric Grad>
@@ -68,42 +22,6 @@ struct GradientRows {
     while (f > 0 && features[f].first_row > static_cast<std::int64_t>(out_row)) --f;
     return data + features[f].out_offset +
            (out_row - features[f].first_row) * features[f].out_stride;
-  }
-};
-
-// 16 * Blocks columns, in registers.
-template <int Blocks>
-struct Columns {
-  Lanes<16> block[Blocks];
-
-  COLDROW_HOST_INLINE Columns() {
-    for (auto& b : block) broadcast(b, 0.0f);
-  }
-  // Whole: all columns exist; else Blocks is 1 and `count` do.
-  template <bool Whole, Numeric T>
-  COLDROW_HOST_INLINE void add(float scale, const T* from, int count) {
-    Lanes<16> s, x;
-    broadcast(s, scale);
-    for (int b = 0; b < Blocks; ++b) {
-      if constexpr (Whole) {
-        load(x, from + 16 * b);
-      } else {
-        load_partial(x, from + 16 * b, count);
-      }
-      multiply_add(block[b], s, x);
-    }
-  }
-  COLDROW_HOST_INLINE void operator+=(const Columns& other) {
-    Lanes<16> one;
-    broadcast(one, 1.0f);
-    for (int b = 0; b < Blocks; ++b) multiply_add(block[b], one, other.block[b]);
-  }
-  COLDROW_HOST_INLINE void write(float* out) const {  // all of them
-    for (int b = 0; b < Blocks; ++b) {
-      float values[16];
-      to_array(block[b], values);
-      for (int k = 0; k < 16; ++k) out[16 * b + k] = values[k];
-    }
   }
 };
 
@@ -148,8 +66,8 @@ struct ColumnSums {
   }
 };
 
-// The sum of a run's gradients: a pointer to them where there is but one of them, or to `scratch`, [dim
-// rounded up to 16], where it has been written.
+// The sum of a run's gradients: a pointer to them where there is but one of them, or to `scratch`,
+// [padded(dim)], where it has been written.
 template <int Width = 0, class Entry, Numeric Grad>
 COLDROW_HOST_INLINE const float* sum_run(const GradientRows<Grad>& grads, const Entry* run,
                                          std::int64_t length, int dim, float* scratch) {
@@ -163,15 +81,15 @@ COLDROW_HOST_INLINE const float* sum_run(const GradientRows<Grad>& grads, const 
   return scratch;
 }
 
-// A long run by several threads: slices[s], [dim rounded up to 16] floats each and one after another, is
-// the sum of slice s, and sum_slices() then that of the run, which it writes to the first of them.
+// A long run by several threads: slices[s], [padded(dim)] each and one after another, is the
+// sum of slice s, and sum_slices() then that of the run, which it writes to the first of them.
 template <class Entry, Numeric Grad>
 void sum_slice(const GradientRows<Grad>& grads, const Entry* run, std::int64_t length, int s,
                int dim, float* slices) {
   const std::int64_t step = slice_length(length);
   const Entry* const begin = run + s * step;
   const Entry* const end = begin + min_of(step, length - s * step);
-  float* const out = slices + s * ((dim + 15) / 16 * 16);
+  float* const out = slices + s * padded(dim);
   for_columns<0>(dim, [&](auto blocks, auto whole, int c) {
     using Sums = ColumnSums<decltype(blocks)::value, decltype(whole)::value, Entry, Grad>;
     Sums{grads, c, dim - c}.slice(begin, end, run + length - 1).write(out + c);
@@ -181,7 +99,7 @@ inline int slices_of(std::int64_t length) {
   return static_cast<int>(divide_up(length, slice_length(length)));
 }
 inline const float* sum_slices(int count, int dim, float* slices) {
-  const int stride = (dim + 15) / 16 * 16;
+  const int stride = padded(dim);
   for (int c = 0; c < stride; c += 16) {
     Columns<1> sum;
     for (int s = 0; s < count; ++s) sum.add<true>(1.0f, slices + s * stride + c, 16);

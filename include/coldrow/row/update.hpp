@@ -100,11 +100,7 @@ struct RowUpdate {
   // Would this row be updated with finite numbers? Writes nothing.
   template <Group G>
   COLDROW_HD bool finite(const G& group, const RowType& row, const Grad* grad, int dim) const {
-    Plans<1> p;
-    read(group, row, grad, dim, p, 0);
-    touch_factors(decay, step, p.prev_iter, lr, p.shrink);
-    decide(dim, p);
-    return finite(group, p, 0, row, grad, dim);
+    return finite(group, planned(group, row, grad, dim), 0, row, grad, dim);
   }
 
   // Updates the row in place. grad: the row's gradients summed, [dim]. key names the row for
@@ -113,11 +109,7 @@ struct RowUpdate {
   template <Group G>
   COLDROW_HD bool operator()(const G& group, const RowType& row, const Grad* grad, int dim,
                              ElementKey key) const {
-    Plans<1> p;
-    read(group, row, grad, dim, p, 0);
-    touch_factors(decay, step, p.prev_iter, lr, p.shrink);
-    decide(dim, p);
-    return write(group, p, 0, row, grad, dim, key);
+    return write(group, planned(group, row, grad, dim), 0, row, grad, dim, key);
   }
 
   // The three stages of an update, for a driver that has many rows in hand: read() each, decide() for
@@ -211,6 +203,15 @@ struct RowUpdate {
   }
 
  private:
+  template <Group G>
+  COLDROW_HD Plans<1> planned(const G& group, const RowType& row, const Grad* grad, int dim) const {
+    Plans<1> p;
+    read(group, row, grad, dim, p, 0);
+    touch_factors(decay, step, p.prev_iter, lr, p.shrink);
+    decide(dim, p);
+    return p;
+  }
+
   // What the elements of a row need.
   struct Plan {
     float shrink;
