@@ -124,7 +124,8 @@ sanitize-cpp sanitize-threads: $(VENV)/.requirements
 	echo "$@: $(FLAGS)"; grep -E '^[0-9]+% tests passed|^Total Test time' $$dir/ctest.log
 
 # The module under AddressSanitizer and UBSan, in an environment on top of .venv. What Python and torch
-# keep at exit is not looked at: leaks of the binding are tests/python/test_leaks.py's.
+# keep at exit is not looked at: leaks of the binding are tests/python/test_leaks.py's. --capture=sys: a
+# sanitizer's report, after which the process ends at once, is not caught with the output of a test.
 $(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
 	$(PYTHON) -m venv --clear $(SANITIZE)/venv
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
@@ -141,7 +142,7 @@ sanitize-python: $(SANITIZE)/venv/.installed
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 COLDROW_FUZZ_EXAMPLES=20 PYTHONMALLOC=malloc \
-	    $(SANITIZE)/venv/bin/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+	    $(SANITIZE)/venv/bin/python -m pytest --capture=sys --hypothesis-seed=1 $(SANITIZED_TESTS) $(ARGS)
 
 sanitize-leaks: build
 	COLDROW_LEAK_CALLS=100000 $(BIN)/python -m pytest tests/python/test_leaks.py $(ARGS)

@@ -98,7 +98,8 @@ void fill(Array& a, const dltensor& t) {
                            kMemory)
                               .c_str());
   }
-  if (a.item_size > 0 && reinterpret_cast<std::uintptr_t>(a.data) % a.item_size != 0) {
+  if (a.size() > 0 && a.item_size > 0 &&
+      reinterpret_cast<std::uintptr_t>(a.data) % a.item_size != 0) {
     throw nb::value_error((std::string(a.name) +
                            ": is not aligned to its element size, accepted: aligned memory (copy "
                            "it first)")
@@ -135,6 +136,18 @@ bool fill_from_ndarray(Array& a, nb::handle object) {
   fill(a, t);
   a.owner = nb::borrow(object);
   return true;
+}
+
+// A buffer's strides may be left out although they were asked for (NumPy's datetime64 scalars do so),
+// and nanobind would read through the null pointer. A memoryview of it has them.
+nb::object as_memoryview_if_only_a_buffer(nb::handle object) {
+  if (!PyObject_CheckBuffer(object.ptr()) || nb::hasattr(object, "__dlpack__")) {
+    return nb::borrow(object);
+  }
+  nb::object view = nb::steal(PyMemoryView_FromObject(object.ptr()));
+  if (view.is_valid()) return view;
+  PyErr_Clear();
+  return nb::borrow(object);
 }
 
 // NumPy exports no bfloat16 (an ml_dtypes extension type) over DLPack: look at its bits instead.
@@ -220,14 +233,14 @@ void Array::require_dtype(const char* accepted) const {
   }
 }
 
-Array take_array(nb::handle object, const char* name, Access access) {
+Array take_array(nb::handle given, const char* name, Access access) {
   Array a;
   a.name = name;
-  if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+  if (const ExchangeApi* api = exchange_api(Py_TYPE(given.ptr()))) {
     dltensor t;
-    if (api->view_from_object(object.ptr(), &t) != 0) {
+    if (api->view_from_object(given.ptr(), &t) != 0) {
       PyErr_Clear();
-      const nb::str device(nb::object(object.attr("device")));
+      const nb::str device(nb::object(given.attr("device")));
       throw nb::value_error((std::string(name) + ": has no memory to be read (device " +
                              device.c_str() + "), accepted: an array in " + kMemory)
                                 .c_str());
@@ -235,12 +248,13 @@ Array take_array(nb::handle object, const char* name, Access access) {
     fill(a, t);
     return a;
   }
-  if (nb::object bits = as_bits_if_bfloat16(object); bits.is_valid()) {
+  if (nb::object bits = as_bits_if_bfloat16(given); bits.is_valid()) {
     a = take_array(bits, name, access);
     a.dtype = "bfloat16";
     return a;
   }
-  const std::string type = python_type_name(object);
+  const std::string type = python_type_name(given);
+  const nb::object object = as_memoryview_if_only_a_buffer(given);
   // A torch too old for the exchange API exports no tensor that requires grad; its callers here
   // have checked that writing is meant.
   if (type.find("torch") != std::string::npos && nb::hasattr(object, "detach")) {

@@ -74,13 +74,19 @@ def listed(name: str, given: Any, accepted: str) -> list[Any]:
         raise TypeError(f"{name}: got {given!r}, accepted: {accepted}") from None
 
 
+def require_dense(name: str, tensor: Any) -> None:
+    """Refuse a torch tensor that is no array: sparse, nested, of another library's layout."""
+    if tensor.layout != sys.modules["torch"].strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: got a tensor of layout {layout}, accepted: a dense tensor")
+
+
 def _checked(name: str, array: Any, *, written: bool) -> Any:
     """Refuse the torch tensors whose memory does not mean what it seems to."""
     torch = torch_of(array)
     if torch is None:
         return array
-    if array.layout != torch.strided:
-        raise TypeError(f"{name}: got a tensor of layout {array.layout}, accepted: a dense tensor")
+    require_dense(name, array)
     if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name}: got a {type(array).__name__} (a tensor subclass with its own dispatch), "

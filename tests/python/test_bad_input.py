@@ -15,6 +15,7 @@ import pathlib
 import resource
 import shutil
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -58,6 +59,8 @@ def bits(thing) -> bytes:
         return b"".join(map(bits, params + states)) + repr([thing.clock]).encode()
     if isinstance(thing, np.ndarray):
         return thing.tobytes()
+    if isinstance(thing, torch.Tensor) and (thing.is_sparse or thing.is_nested):
+        return bits(thing._values() if thing.is_sparse else thing.values())
     if isinstance(thing, torch.Tensor):
         dense = thing.detach().clone(memory_format=torch.contiguous_format)
         return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -814,10 +817,19 @@ def tensor(*values: int, dtype=torch.int64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that nested tensors are a prototype
+    RAGGED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
 # What replaces the argument named first.
 BATCHES = {
     "indices: got list ... accepted: a torch tensor": (TypeError, [1, 4, 1, 0, 2]),
     "offsets: got NoneType ... accepted: a torch tensor": (TypeError, None),
+    "indices: got a tensor of layout torch.sparse_coo ... accepted: a dense tensor": (
+        TypeError,
+        tensor(1, 4, 1, 0, 2).to_sparse(),
+    ),
+    "offsets: got a tensor of layout nested ... accepted: a dense tensor": (TypeError, RAGGED),
     "indices: got shape [1, 5] ... accepted: one dimension": (
         ValueError,
         tensor(1, 4, 1, 0, 2)[None],
@@ -889,6 +901,7 @@ BATCHES = {
     "batch_sizes: got 1.5 ... accepted: an integer from 0": (TypeError, [1.5, 2.5]),
     "batch_sizes: got 2 sizes that add up to 4294967294 ... = 4": (ValueError, [LAST, LAST]),
     "batch_sizes: got 4 ... accepted: ": (TypeError, 4),
+    "batch_sizes: got nested_tensor ... accepted: ": (TypeError, RAGGED),
 }
 
 WEIGHTS = {
@@ -899,6 +912,10 @@ WEIGHTS = {
         torch.ones(5, dtype=torch.int32),
     ),
     "per_sample_weights: got [1.0, ... accepted: a float tensor": (TypeError, [1.0] * 5),
+    "per_sample_weights: got a tensor of layout nested ... accepted: a dense tensor": (
+        TypeError,
+        RAGGED,
+    ),
 }
 
 MODES = {
@@ -1074,6 +1091,10 @@ ROW_LISTS = {
     "rows: got torch.int64 of shape [1, 1] ... accepted: int32 or int64": (TypeError, [[1]]),
     "rows: got torch.bool of shape [2] ... accepted: int32 or int64": (TypeError, [True, False]),
     "rows: got 'all' ... accepted: int32 or int64": (TypeError, "all"),
+    "rows: got a tensor of layout torch.sparse_coo ... accepted: a dense tensor": (
+        TypeError,
+        torch.tensor([1]).to_sparse(),
+    ),
 }
 
 

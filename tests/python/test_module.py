@@ -802,6 +802,9 @@ def test_read_is_what_a_forward_sees(dtype, charge):
     assert torch.equal(emb.read("b")[rows], read)
     assert torch.equal(emb.read("b", rows.int()), read)
     assert torch.equal(emb.read("b", [4, 0, 4, 6]), read)
+    odd = np.frombuffer(b"." + rows.numpy().tobytes(), np.int64, offset=1)
+    assert not odd.flags.aligned
+    assert torch.equal(emb.read("b", odd), read)
     assert emb.read("b", []).shape == (0, 4)
     stored = emb.weights["b"].detach().float()[rows]
     assert torch.equal(read, stored) == (charge == "touch")

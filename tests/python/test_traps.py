@@ -23,6 +23,7 @@ from coldrow.nn import Table, TableBatchedEmbeddingBags  # noqa: E402
 
 UPDATE = coldrow.RowUpdate(coldrow.RowwiseRMSprop(lr=0.1), coldrow.LinearClipped(alpha=0.1))
 ROWS, DIM = 6, 4
+NAMES = ["weight", "grad", "indices", "momentum1", "prev_iter"]
 
 
 def make_arrays() -> dict[str, np.ndarray]:
@@ -187,6 +188,25 @@ def test_read_only_buffer():
     assert store == make_arrays()["weight"].tobytes()
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scalar", [np.datetime64("2020"), np.timedelta64(1, "s")])
+def test_buffer_without_strides(name, scalar):
+    """NumPy exports one where strides are asked for: following them ended the process."""
+    assert_refused(
+        make_arrays(), {name: scalar}, (TypeError, ValueError), f"{name}: ", "accepted: "
+    )
+
+
+def test_empty_buffer_at_any_address():
+    """As an empty ``array.array``'s may be."""
+    odd = memoryview(bytearray(2))[1:1].cast("q")
+    assert np.asarray(odd).ctypes.data % 8
+    nothing = {"grad": np.zeros((0, DIM), np.float32), "indices": odd}
+    arrays = make_arrays()
+    train(arrays | nothing)
+    assert_same(arrays, make_arrays())
+
+
 def test_read_writes_into_the_array_given():
     arrays = make_arrays()
     out = np.zeros((5, DIM), np.float32)
@@ -239,9 +259,6 @@ def test_gradient_that_requires_grad_is_only_read(want):
     assert_same(tensors, want)
 
 
-NAMES = ["weight", "grad", "indices", "momentum1", "prev_iter"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_tensor(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -288,6 +305,16 @@ def test_sparse_tensor(name, layout):
     tensors = make_tensors()
     view = tensors[name].to_sparse(layout=getattr(torch, layout))
     parts = (f"{name}: got a tensor of layout torch.{layout}", "accepted: a dense tensor")
+    assert_refused(tensors, {name: view}, TypeError, *parts)
+
+
+@pytest.mark.parametrize("name", ["weight", "grad"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensor(name):
+    """Its layout is torch.strided too."""
+    tensors = make_tensors()
+    view = torch.nested.nested_tensor(list(tensors[name]))
+    parts = (f"{name}: got a tensor of layout nested", "accepted: a dense tensor")
     assert_refused(tensors, {name: view}, TypeError, *parts)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, one_of
+from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, one_of, require_dense
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
 from coldrow.policies import RowUpdate
@@ -138,9 +138,10 @@ class _OneTable(nn.Module):
 
     def _integers(self, name: str, value: Any) -> None:
         """Refuse what is no array of row numbers where the table lies."""
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor):
+            got = type(value).__name__
             raise TypeError(f"{name}: got {got}, accepted: an int32 or int64 tensor")
+        require_dense(name, value)
         if value.dtype not in (torch.int32, torch.int64):
             dtype = str(value.dtype).removeprefix("torch.")
             raise TypeError(f"{name}: got dtype {dtype}, accepted: int32, int64")
@@ -265,19 +266,18 @@ class EmbeddingBag(_OneTable):
         self._integers("input", input)
         if offsets is not None:
             self._integers("offsets", offsets)
-        if per_sample_weights is not None and (
-            not isinstance(per_sample_weights, Tensor)
-            or per_sample_weights.layout != torch.strided
-            or not per_sample_weights.is_floating_point()
-        ):
-            raise TypeError(
-                f"per_sample_weights: got {per_sample_weights!r}, accepted: a dense float tensor"
-            )
-        if per_sample_weights is not None and per_sample_weights.shape != input.shape:
-            raise ValueError(
-                f"per_sample_weights: got {list(per_sample_weights.shape)}, accepted: the shape of "
-                f"input, {list(input.shape)}"
-            )
+        if per_sample_weights is not None:
+            given = per_sample_weights
+            if not isinstance(given, Tensor) or not given.is_floating_point():
+                raise TypeError(
+                    f"per_sample_weights: got {given!r}, accepted: a dense float tensor"
+                )
+            require_dense("per_sample_weights", given)
+            if given.shape != input.shape:
+                raise ValueError(
+                    f"per_sample_weights: got {list(given.shape)}, accepted: the shape of input, "
+                    f"{list(input.shape)}"
+                )
         if input.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets: given with 2-D input, accepted: None")

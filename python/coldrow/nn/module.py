@@ -26,6 +26,7 @@ from coldrow.functional import (
     integer,
     listed,
     one_of,
+    require_dense,
     sparse_rows,
     table_key,
 )
@@ -408,8 +409,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         for name, value in (("indices", indices), ("offsets", offsets)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, accepted: a torch tensor")
-            if value.layout != torch.strided:
-                raise TypeError(f"{name}: got layout {value.layout}, accepted: a dense tensor")
+            require_dense(name, value)
             if value.dim() != 1:
                 raise ValueError(
                     f"{name}: got shape {list(value.shape)}, accepted: one dimension (concatenate "
@@ -423,10 +423,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         if weights is not None:
             if not isinstance(weights, Tensor) or not weights.is_floating_point():
                 raise TypeError(f"per_sample_weights: got {weights!r}, accepted: a float tensor")
-            if weights.layout != torch.strided:
-                raise TypeError(
-                    f"per_sample_weights: got layout {weights.layout}, accepted: a dense tensor"
-                )
+            require_dense("per_sample_weights", weights)
             weights = weights.float().resolve_neg().contiguous()
         sizes = None if batch_sizes is None else self._batch_sizes(batch_sizes, offsets)
         grad_on = torch.is_grad_enabled()
@@ -497,8 +494,8 @@ class TableBatchedEmbeddingBags(nn.Module):
     def _batch_sizes(self, given: Sequence[int], offsets: Tensor) -> tuple[int, ...]:
         features, bags = len(self._feature_tables), offsets.numel() - 1
         accepted = f"accepted: one per feature ({features}), adding up to len(offsets) - 1 = {bags}"
-        if isinstance(given, Tensor) and given.layout == torch.strided and not given.is_meta:
-            with suppress(RuntimeError):  # quantised tensors have no list
+        if isinstance(given, Tensor) and not given.is_meta:
+            with suppress(RuntimeError):  # sparse, nested and quantised tensors have no list
                 given = given.tolist()
         if not isinstance(given, Sequence) or isinstance(given, str):
             raise TypeError(f"batch_sizes: got {given!r}, {accepted}")
@@ -704,6 +701,7 @@ class TableBatchedEmbeddingBags(nn.Module):
             rows = torch.as_tensor(rows, device=self._device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"rows: got {rows!r}, accepted: int32 or int64 [n]") from None
+        require_dense("rows", rows)
         if rows.numel() == 0:
             return torch.empty(0, dtype=torch.int64, device=self._device)
         if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
@@ -716,7 +714,8 @@ class TableBatchedEmbeddingBags(nn.Module):
                 f"rows: got {low if low < 0 else high}, accepted: 0 to "
                 f"{self.tables[table].num_rows - 1}"
             )
-        return rows.contiguous()
+        aligned = rows.data_ptr() % rows.element_size() == 0  # not so of every array of NumPy's
+        return rows.contiguous() if aligned else rows.clone()
 
     def read(self, name: str, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Return rows as a forward would read them now, changing nothing.
