@@ -57,8 +57,9 @@ class Tables {
     o.require_shape({-1}, "number of bags + 1");
     o.require_contiguous();
     if (o.integer() != call.batch.index_type) {
-      throw nb::type_error(("offsets: got dtype " + o.dtype + ", accepted: the dtype of indices, " +
-                            call.read[call.read.size() - 2].dtype)
+      throw nb::type_error(("offsets: got dtype " + o.dtype_name() +
+                            ", accepted: the dtype of indices, " +
+                            call.read[call.read.size() - 2].dtype_name())
                                .c_str());
     }
     const std::int64_t bags = o.shape[0] - 1;

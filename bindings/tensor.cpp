@@ -7,6 +7,7 @@ namespace coldrow_module {
 namespace {
 
 using nb::dlpack::dltensor;
+using nb::dlpack::dtype_code;
 
 // The DLPack C exchange API, https://dmlc.github.io/dlpack: a table of C functions that a tensor
 // type publishes. Only the layout of version 1 is used; only one function is called.
@@ -44,34 +45,12 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
 
 std::string python_type_name(nb::handle h) { return nb::cast<std::string>(nb::str(h.type())); }
 
-std::string dpython_type_name(nb::dlpack::dtype t) {
-  using nb::dlpack::dtype_code;
-  std::string name;
-  switch (static_cast<dtype_code>(t.code)) {
-    case dtype_code::Int:
-      name = "int";
-      break;
-    case dtype_code::UInt:
-      name = "uint";
-      break;
-    case dtype_code::Float:
-      name = "float";
-      break;
-    case dtype_code::Bfloat:
-      name = "bfloat";
-      break;
-    case dtype_code::Complex:
-      name = "complex";
-      break;
-    case dtype_code::Bool:
-      return "bool";
-    default:
-      return "dtype code " + std::to_string(t.code);
-  }
-  name += std::to_string(t.bits);
-  if (t.lanes != 1) name += "x" + std::to_string(t.lanes);
-  return name;
+constexpr nb::dlpack::dtype type_of(dtype_code code, std::uint8_t bits) {
+  return {static_cast<std::uint8_t>(code), bits, 1};
 }
+constexpr auto kFloat32 = type_of(dtype_code::Float, 32), kFloat16 = type_of(dtype_code::Float, 16);
+constexpr auto kBfloat16 = type_of(dtype_code::Bfloat, 16);
+constexpr auto kInt32 = type_of(dtype_code::Int, 32), kInt64 = type_of(dtype_code::Int, 64);
 
 void fill(Array& a, const dltensor& t) {
   require_reachable(a.name, t.device.device_type, t.device.device_id);
@@ -81,7 +60,7 @@ void fill(Array& a, const dltensor& t) {
                            " dimensions, accepted: at most 2")
                               .c_str());
   }
-  a.dtype = dpython_type_name(t.dtype);
+  a.dtype = t.dtype;
   a.item_size = t.dtype.bits * t.dtype.lanes / 8;
   a.ndim = t.ndim;
   std::int64_t dense = 1;
@@ -162,6 +141,34 @@ nb::object as_bits_if_bfloat16(nb::handle object) {
 
 }  // namespace
 
+std::string Array::dtype_name() const {
+  std::string name;
+  switch (static_cast<dtype_code>(dtype.code)) {
+    case dtype_code::Int:
+      name = "int";
+      break;
+    case dtype_code::UInt:
+      name = "uint";
+      break;
+    case dtype_code::Float:
+      name = "float";
+      break;
+    case dtype_code::Bfloat:
+      name = "bfloat";
+      break;
+    case dtype_code::Complex:
+      name = "complex";
+      break;
+    case dtype_code::Bool:
+      return "bool";
+    default:
+      return "dtype code " + std::to_string(dtype.code);
+  }
+  name += std::to_string(dtype.bits);
+  if (dtype.lanes != 1) name += "x" + std::to_string(dtype.lanes);
+  return name;
+}
+
 std::int64_t Array::size() const {
   std::int64_t n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[i];
@@ -178,7 +185,7 @@ bool Array::contiguous() const {
 }
 
 std::string Array::describe() const {
-  std::string s = dtype + "[";
+  std::string s = dtype_name() + "[";
   for (int i = 0; i < ndim; ++i) s += (i > 0 ? ", " : "") + std::to_string(shape[i]);
   return s + "]";
 }
@@ -211,25 +218,25 @@ void Array::require_contiguous() const {
 }
 
 DType Array::numeric() const {
-  if (dtype == "float32") return DType::f32;
-  if (dtype == "float16") return DType::f16;
-  if (dtype == "bfloat16") return DType::bf16;
+  if (dtype == kFloat32) return DType::f32;
+  if (dtype == kFloat16) return DType::f16;
+  if (dtype == kBfloat16) return DType::bf16;
   throw nb::type_error(
-      (std::string(name) + ": got dtype " + dtype + ", accepted: float32, float16, bfloat16")
+      (std::string(name) + ": got dtype " + dtype_name() + ", accepted: float32, float16, bfloat16")
           .c_str());
 }
 
 IndexType Array::integer() const {
-  if (dtype == "int32") return IndexType::i32;
-  if (dtype == "int64") return IndexType::i64;
+  if (dtype == kInt32) return IndexType::i32;
+  if (dtype == kInt64) return IndexType::i64;
   throw nb::type_error(
-      (std::string(name) + ": got dtype " + dtype + ", accepted: int32, int64").c_str());
+      (std::string(name) + ": got dtype " + dtype_name() + ", accepted: int32, int64").c_str());
 }
 
 void Array::require_dtype(const char* accepted) const {
-  if (dtype != accepted) {
+  if (dtype_name() != accepted) {
     throw nb::type_error(
-        (std::string(name) + ": got dtype " + dtype + ", accepted: " + accepted).c_str());
+        (std::string(name) + ": got dtype " + dtype_name() + ", accepted: " + accepted).c_str());
   }
 }
 
@@ -250,7 +257,7 @@ Array take_array(nb::handle given, const char* name, Access access) {
   }
   if (nb::object bits = as_bits_if_bfloat16(given); bits.is_valid()) {
     a = take_array(bits, name, access);
-    a.dtype = "bfloat16";
+    a.dtype = kBfloat16;
     return a;
   }
   const std::string type = python_type_name(given);

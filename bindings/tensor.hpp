@@ -23,7 +23,7 @@ enum class Access { read, write };
 struct Array {
   const char* name = "";
   void* data = nullptr;
-  std::string dtype;  // "float32", "bfloat16", ...
+  nb::dlpack::dtype dtype{};
   int ndim = 0;
   std::int64_t shape[4] = {};
   std::int64_t strides[4] = {};  // in elements
@@ -33,7 +33,8 @@ struct Array {
 
   std::int64_t size() const;
   bool contiguous() const;
-  std::string describe() const;  // "float32[10, 4]"
+  std::string dtype_name() const;  // "float32", "bfloat16", ...
+  std::string describe() const;    // "float32[10, 4]"
 
   // Throw unless the array is what is asked for.
   void require_shape(std::initializer_list<std::int64_t> shape, const char* what) const;  // -1: any

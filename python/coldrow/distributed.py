@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from coldrow import _core
 from coldrow.functional import integer, one_of
-from coldrow.nn.autograd import Ticket, check_same_tables
+from coldrow.nn.autograd import Ticket, check_same_tables, plain
 from coldrow.nn.kernels import Batch
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
@@ -117,7 +117,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Update the tables of all ranks; return the gradient of per_sample_weights."""
         (weights,) = ctx.saved_tensors
-        grad = grad.resolve_neg().contiguous()
+        grad = plain(grad)
         weights_grad = None
         if ctx.needs_input_grad[5]:
             weights_grad = ctx.module._borrowed_weight_gradients(ctx.request, ctx.plan, grad)
@@ -576,7 +576,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 f"per_sample_weights: got shape {list(weights.shape)}, accepted: one per index, "
                 f"{list(indices.shape)}"
             )
-        return weights.float().resolve_neg().contiguous()
+        return plain(weights.float())
 
     def _request(
         self, indices: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
@@ -719,7 +719,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 raise RuntimeError(
                     "this forward has had its backward, which updated the tables; each takes one"
                 )
-            check_same_tables(versions, self)
+            check_same_tables(versions[0], self)
             step = self._next_step()
             mark = self._mark(f"update, scale {self.grad_scale}")
             if self.grad_scale != 1.0:

@@ -123,7 +123,7 @@ def test_clock_lr_epoch_and_scale_are_read_when_kernels_run(engine):
     decay = coldrow.EpochGated(coldrow.LinearClipped(2.0, 0.0))
     emb, eager = (small(coldrow.RowUpdate(decay=decay)) for _ in range(2))
     out, grad = torch.empty(2, 11), torch.ones(2, 11)
-    batch = emb._kernels.batch(None, emb._counters())
+    batch = emb._kernels.batch(None, emb._counters(), read=False)
 
     def replay():
         emb._kernels.lookup(emb._operands(), batch, *GOOD, None, out)

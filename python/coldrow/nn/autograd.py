@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from coldrow.nn.module import TableBatchedEmbeddingBags
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return the tensor as contiguous memory that means what it says."""
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
+
+
 class Ticket:
     """One training forward whose backward has not run. It dies with its autograd graph."""
 
@@ -24,9 +29,9 @@ class Ticket:
         self.used = False
 
 
-def check_same_tables(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
+def check_same_tables(generation: int, module: TableBatchedEmbeddingBags) -> None:
     """Refuse a backward to tables that are no longer those of the forward."""
-    if versions[0] != module._generation:
+    if generation != module._generation:
         raise RuntimeError(
             "the tables were loaded, evicted from, converted or moved between forward and "
             "backward, so this gradient no longer belongs to them"
@@ -42,47 +47,52 @@ def check_unwritten(versions: tuple[int, ...], module: TableBatchedEmbeddingBags
         )
 
 
+# What no gradient flows to, in one argument: for each autograd takes its time.
+Asked = tuple["TableBatchedEmbeddingBags", Ticket | None, Batch | DeviceBatch, Tensor, Tensor]
+
+
 class FusedLookup(torch.autograd.Function):
     """Forward: look rows up. Backward: update them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        module: TableBatchedEmbeddingBags,
-        ticket: Ticket | None,
-        batch: Batch | DeviceBatch,
-        indices: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, weights: Tensor | None, asked: Asked) -> Tensor:
         """Look up; ``anchor`` requires grad so that autograd calls the backward."""
-        ctx.module, ctx.ticket, ctx.batch = module, ticket, batch
-        ctx.versions = module._versions()
+        module, ctx.ticket, ctx.batch, indices, offsets = asked
+        ctx.module = module
+        ctx.generation = module._generation
+        ctx.versions = None if weights is None else module._versions()
         ctx.save_for_backward(indices, offsets, weights)
-        return module._lookup(batch, indices, offsets, weights)
+        return module._lookup(ctx.batch, indices, offsets, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Update the tables; return the gradient of per_sample_weights."""
-        module, ticket = ctx.module, ctx.ticket
-        if ticket is not None and ticket.used:
-            raise RuntimeError(
-                "this forward has had its backward; a fused module takes one backward per forward, "
-                "which updates the tables. Build it with fused=False to accumulate gradients."
-            )
-        check_same_tables(ctx.versions, module)
-        indices, offsets, weights = ctx.saved_tensors
-        grad = grad.resolve_neg().contiguous()
-        weights_grad = None
-        if ctx.needs_input_grad[6]:
-            check_unwritten(ctx.versions, module)
-            weights_grad = module._weight_gradients(ctx.batch, indices, offsets, grad)
-        if ticket is not None:
-            ticket.used = True
-            module._update(ctx.batch, indices, offsets, weights, grad)
-        return None, None, None, None, None, None, weights_grad
+        # (Gradients are off here unless there is create_graph=True; switching them off takes 3 us.)
+        return update_once(ctx, grad) if torch.is_grad_enabled() else update(ctx, grad)
+
+
+def update(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Do the backward of FusedLookup."""
+    module, ticket = ctx.module, ctx.ticket
+    if ticket is not None and ticket.used:
+        raise RuntimeError(
+            "this forward has had its backward; a fused module takes one backward per forward, "
+            "which updates the tables. Build it with fused=False to accumulate gradients."
+        )
+    check_same_tables(ctx.generation, module)
+    indices, offsets, weights = ctx.saved_tensors
+    grad = plain(grad)
+    weights_grad = None
+    if ctx.needs_input_grad[1]:
+        check_unwritten(ctx.versions, module)
+        weights_grad = module._weight_gradients(ctx.batch, indices, offsets, grad)
+    if ticket is not None:
+        ticket.used = True
+        module._update(ctx.batch, indices, offsets, weights, grad)
+    return None, weights_grad, None
+
+
+update_once = once_differentiable(update)
 
 
 class SparseLookup(torch.autograd.Function):
@@ -108,9 +118,9 @@ class SparseLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of per_sample_weights and of the tables."""
         module, batch = ctx.module, ctx.batch
-        check_same_tables(ctx.versions, module)
+        check_same_tables(ctx.versions[0], module)
         indices, offsets, weights = ctx.saved_tensors
-        grad = grad.resolve_neg().contiguous()
+        grad = plain(grad)
         weights_grad = None
         if ctx.needs_input_grad[4]:
             check_unwritten(ctx.versions, module)

@@ -119,7 +119,7 @@ class _Plan:
     ) -> Batch | DeviceBatch:
         # (nonfinite and grad_scale play no part in a lookup.)
         at = Counters(clock, epoch_start, clock, clock, lrs, self.groups)
-        return self.kernels.batch(None if sizes is None else tuple(sizes), at)
+        return self.kernels.batch(None if sizes is None else tuple(sizes), at, read=self.read)
 
     def shape(
         self, indices: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
