@@ -1024,6 +1024,32 @@ def test_conversion_changes_tables_and_leaves_state(name, fused, layout):
     assert moved.tolist() == (emb.state["a"]["prev_iter"] == 2).tolist()
 
 
+def asks_for_large_pages(tensor) -> bool:
+    """Whether the middle of a tensor's memory was given the advice."""
+    middle = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            name, *values = line.split()
+            if "-" in name and ":" not in name:
+                begin, end = (int(address, 16) for address in name.split("-"))
+                inside = begin <= middle < end
+            elif inside and name == "VmFlags:":
+                return "hg" in values
+    return False
+
+
+@pytest.mark.host_only
+@pytest.mark.parametrize("convert", [lambda emb: emb, *(c for c, _ in CONVERSIONS.values())])
+def test_tables_and_state_lie_in_large_pages(convert):
+    if not coldrow._core.advise_huge_pages(torch.empty(2**22)):
+        pytest.skip("this system has none")
+    emb = convert(TableBatchedEmbeddingBags([Table("a", 2**20, 8)], UPDATE))
+    assert asks_for_large_pages(emb.weights["a"])
+    assert asks_for_large_pages(emb.state["a"]["prev_iter"])
+    assert not asks_for_large_pages(torch.zeros(2**24))  # (never from memory used before)
+
+
 def saved(module):
     buffer = io.BytesIO()
     torch.save(module, buffer)

@@ -41,7 +41,7 @@ from coldrow.nn.kernels import (
     kernels_on,
     require_device,
 )
-from coldrow.nn.table import DTYPES, State, Table, Weights, moved, table_memory
+from coldrow.nn.table import DTYPES, State, Table, Weights, in_table_memory, moved, table_memory
 from coldrow.policies import RowUpdate, is_epoch_aware, number
 
 
@@ -810,9 +810,9 @@ class TableBatchedEmbeddingBags(nn.Module):
                 f"dtype: got {probe.dtype}, accepted: float32, float16, bfloat16 for the tables"
             )
         self.check()  # what the kernels found stays behind
-        super()._apply(fn, recurse)
+        super()._apply(in_table_memory(fn), recurse)
         for state in self._state:
-            state.move(fn)
+            state.move(in_table_memory(fn))
         for name in ("_clock", "_epoch_start", "_nonfinite", "_grad_scale"):
             setattr(self, name, moved(getattr(self, name), fn))
         self._group_lrs()

@@ -167,6 +167,19 @@ class State:
         self.memory = [moved(m, fn) for m in self.memory]
 
 
+def in_table_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return ``fn``, with what it makes in the processor's memory laid where tables lie."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        here = type(new) is Tensor and new.device.type == tensor.device.type == "cpu"
+        if not here or new.data_ptr() == tensor.data_ptr():  # (from a device it may be on its way)
+            return new
+        return table_memory(tuple(new.shape), new.dtype, new.device).copy_(new)
+
+    return converted
+
+
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Return what a module conversion makes of a tensor that must keep its dtype."""
     new = fn(tensor)
