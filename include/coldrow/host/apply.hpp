@@ -67,7 +67,8 @@ void update_rows(const Update& update,
   }
   using Optimizer = typename Update::optimizer_type;
   const Serial group;
-  typename Update::template Plans<kChunkRows> plans{};
+  typename Update::template Plans<kChunkRows> plans;
+  if (count < kChunkRows) plans = {};  // zeros for the rows that are not there
   with_width(table.dim, [&](auto width) {
     const int dim = width() > 0 ? width() : table.dim;
     const auto columns = static_cast<std::size_t>(dim);

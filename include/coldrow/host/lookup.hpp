@@ -125,9 +125,11 @@ void read_scales(const Decay& decay, std::int64_t step, float lr,
     for (std::int64_t p = from + kStateDistance; p < ahead; ++p) {
       prefetch(&prev_iter[indices[p]], 1);
     }
-    for (std::int64_t p = from; p < to; ++p) {
-      scale[p] = read_factor(decay, step, prev_iter[indices[p]], lr);
-    }
+    std::int32_t touched[16] = {};
+    float factor[16];
+    for (std::int64_t p = from; p < to; ++p) touched[p - from] = prev_iter[indices[p]];
+    read_factors(decay, step, touched, lr, factor);
+    for (std::int64_t p = from; p < to; ++p) scale[p] = factor[p - from];
     if (per_sample_weights != nullptr) {
       for (std::int64_t p = from; p < to; ++p) scale[p] *= per_sample_weights[p];
     }

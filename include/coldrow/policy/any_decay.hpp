@@ -23,7 +23,8 @@ struct ExternalDecay {
 
   void (*prepare)(const void* policy, std::int32_t step, double lr, std::int32_t epoch_start,
                   void* prepared) = nullptr;
-  float (*factor)(const void* prepared, std::int32_t gap, float lr) = nullptr;
+  void (*factors)(const void* prepared, const std::int32_t* gap, int count, float lr,
+                  float* out) = nullptr;
   float (*first_touch)(const void* prepared, float lr) = nullptr;
 
   template <DecayPolicy Decay>
@@ -38,14 +39,33 @@ struct ExternalDecay {
           coldrow::prepare(*static_cast<const Decay*>(policy), step, lr, epoch_start);
       __builtin_memcpy(prepared, &at_step, sizeof at_step);
     };
-    functions.factor = [](const void* prepared, std::int32_t gap, float lr) {
-      return (*static_cast<const AtStep*>(prepared))(gap, lr);
+    functions.factors = [](const void* prepared, const std::int32_t* gap, int count, float lr,
+                           float* out) {
+      const AtStep at_step = *static_cast<const AtStep*>(prepared);
+      COLDROW_LANES
+      for (int i = 0; i < count; ++i) out[i] = at_step(gap[i], lr);
     };
     functions.first_touch = [](const void* prepared, float lr) {
       return coldrow::first_touch(*static_cast<const AtStep*>(prepared), lr);
     };
     return functions;
   }
+};
+
+// One of those as it is evaluated at one step; on the host, where its functions are.
+struct ExternalAtStep {
+  const ExternalDecay* functions;
+  const void* prepared;
+
+  COLDROW_HD float operator()(std::int32_t gap, float lr) const {
+    float out;
+    factors(&gap, 1, lr, &out);
+    return out;
+  }
+  COLDROW_HD void factors(const std::int32_t* gap, int count, float lr, float* out) const {
+    functions->factors(prepared, gap, count, lr, out);
+  }
+  COLDROW_HD float first_touch(float lr) const { return functions->first_touch(prepared, lr); }
 };
 
 struct AnyDecay {
@@ -75,7 +95,7 @@ struct AnyDecay {
     COLDROW_HD float first_touch(float lr) const {
       if (epoch_gated || kind == DecayKind::epoch_reset) return 1.0f;
 #if !defined(__CUDA_ARCH__)
-      if (kind == DecayKind::external) return external->first_touch(prepared, lr);
+      if (kind == DecayKind::external) return ExternalAtStep{external, prepared}.first_touch(lr);
 #endif
       return ungated(1, lr);
     }
@@ -83,17 +103,25 @@ struct AnyDecay {
     // Calls f with the decay itself: what a loop over many rows uses, to decide once and not per row.
     template <class F>
     void visit(const F& f) const {
+      const auto call = [&](const auto& decay) {
+        epoch_gated ? f(EpochGated<std::remove_cvref_t<decltype(decay)>>{decay, gate}) : f(decay);
+      };
       switch (kind) {
+        case DecayKind::linear_clipped:
+          return call(linear_clipped);
+        case DecayKind::cumulative_linear:
+          return cumulative_linear.table != nullptr ? call(cumulative_linear.by_table())
+                                                    : call(cumulative_linear);
+        case DecayKind::exponential:
+          return call(exponential);
+        case DecayKind::constant:
+          return call(constant);
+        case DecayKind::epoch_reset:
+          return f(EpochReset{gate});
+        case DecayKind::external:
+          return call(ExternalAtStep{external, prepared});
         case DecayKind::none:
           return f(NoDecay{});
-        case DecayKind::linear_clipped:
-          return epoch_gated ? f(EpochGated<LinearClipped>{linear_clipped, gate})
-                             : f(linear_clipped);
-        case DecayKind::cumulative_linear:
-          return epoch_gated ? f(EpochGated<CumulativeLinear>{cumulative_linear, gate})
-                             : f(cumulative_linear);
-        default:
-          return f(*this);
       }
     }
 
@@ -114,7 +142,7 @@ struct AnyDecay {
 #if defined(__CUDA_ARCH__)
           return bit_cast<float>(0x7fc00000u);  // NaN: a host function, no row is touched by it
 #else
-          return external->factor(prepared, gap, lr);
+          return ExternalAtStep{external, prepared}(gap, lr);
 #endif
         case DecayKind::none:
           break;

@@ -61,6 +61,19 @@ COLDROW_HD float first_touch(const D& decay, float lr) {
   }
 }
 
+// The factors of K gaps, none of them below 0: a loop that can become vectors, or, where a decay is known
+// by a function alone, one call of that.
+template <int K, DecayPolicy D>
+COLDROW_HD void factors(const D& decay, const std::int32_t (&gap)[K], float lr, float (&out)[K]) {
+  if constexpr (requires { decay.factors(gap, K, lr, out); }) {
+    decay.factors(gap, K, lr, out);
+  } else {
+    const D own = decay;  // which no write to out can change
+    COLDROW_LANES
+    for (int i = 0; i < K; ++i) out[i] = own(gap[i], lr);
+  }
+}
+
 // Calls f with the decay itself where `decay` is one that stands for others (AnyDecay): what a loop over
 // many rows uses, to decide once and not per row.
 template <class D, class F>
@@ -85,10 +98,10 @@ struct LinearClipped {
   float min_shrinkage = 0.1f;
 
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
-    if (gap <= 0) return 1.0f;
     const float rate = lr * alpha;
     const float charge = static_cast<float>(static_cast<double>(rate) * static_cast<double>(gap));
-    return max_of(1.0f - max_of(min_of(charge, 1.0f), 0.0f), min_shrinkage);
+    const float factor = max_of(1.0f - max_of(min_of(charge, 1.0f), 0.0f), min_shrinkage);
+    return gap > 0 ? factor : 1.0f;  // (last, so that a loop over rows becomes vectors)
   }
 };
 
@@ -102,18 +115,29 @@ struct LinearClipped {
 // table the policy is right but multiplies step by step. Below alpha = 1e-8 there is no table: the
 // logarithm of the product is a short series.
 struct CumulativeLinear {
+  // The factors from a table: table[n] = prod_{j=1}^{n} (1 - min(1, alpha*j)), n < size. The first is 1,
+  // the last 0.
+  struct ByTable {
+    const float* table = nullptr;
+    std::int32_t size = 0;
+    COLDROW_HD float operator()(std::int32_t gap, float) const {
+      return table[min_of(max_of(gap, 1), size) - 1];
+    }
+  };
+
   double alpha = 0.0;
-  const float* table = nullptr;  // table[n] = prod_{j=1}^{n} (1 - min(1, alpha*j)), n < size
+  const float* table = nullptr;
   std::int32_t size = 0;
 
   static constexpr double kSeriesBelow = 1e-8;
 
-  COLDROW_HD float operator()(std::int32_t gap, float) const {
-    const std::int32_t n = gap - 1;
-    if (n <= 0) return 1.0f;
-    if (table != nullptr) return n < size ? table[n] : 0.0f;
+  COLDROW_HD float operator()(std::int32_t gap, float lr) const {
+    if (table != nullptr) return by_table()(gap, lr);
+    const std::int32_t n = max_of(gap, 1) - 1;
     return alpha < kSeriesBelow ? series(n) : product(n);
   }
+
+  COLDROW_HD ByTable by_table() const { return {table, size}; }
 
   // Entries that are not 0 in float32, and one that is. 0 where no table is used.
   static std::int32_t table_size(double alpha) {

@@ -39,8 +39,10 @@ enum class OnNonfinite : std::int32_t { skip, propagate };
 // Steps since the last touch as of `step`. (It would be below zero only if somebody wrote prev_iter
 // by hand; that counts as no gap.)
 COLDROW_HD std::int32_t gap_at(std::int32_t step, std::int32_t prev_iter) {
-  const std::int64_t gap = static_cast<std::int64_t>(step) - prev_iter;
-  return static_cast<std::int32_t>(max_of<std::int64_t>(0, min_of<std::int64_t>(gap, INT32_MAX)));
+  // (Of no more than 32 bits, for vectors: where prev_iter is before step, the difference fits.)
+  const auto gap = static_cast<std::uint32_t>(step) - static_cast<std::uint32_t>(prev_iter);
+  const auto capped = static_cast<std::int32_t>(min_of<std::uint32_t>(gap, INT32_MAX));
+  return prev_iter < step ? capped : 0;
 }
 
 // The factor of a touch at `step`.
@@ -50,12 +52,22 @@ COLDROW_HD float touch_factor(const Decay& decay, std::int32_t step, std::int32_
   return prev_iter == 0 ? first_touch(decay, lr) : decay(gap_at(step, prev_iter), lr);
 }
 
-// The same for K rows.
+// The same for K rows: what a row does not need is computed too, so that loops become vectors.
 template <int K, DecayPolicy Decay>
 COLDROW_HD void touch_factors(const Decay& decay, std::int32_t step,
                               const std::int32_t (&prev_iter)[K], float lr, float (&shrink)[K]) {
-  COLDROW_LANES
-  for (int i = 0; i < K; ++i) shrink[i] = touch_factor(decay, step, prev_iter[i], lr);
+  if constexpr (K == 1) {
+    shrink[0] = touch_factor(decay, step, prev_iter[0], lr);
+  } else {
+    std::int32_t gap[K];
+    float again[K];
+    COLDROW_LANES
+    for (int i = 0; i < K; ++i) gap[i] = prev_iter[i] == 0 ? 1 : gap_at(step, prev_iter[i]);
+    factors(decay, gap, lr, again);
+    const float first = first_touch(decay, lr);
+    COLDROW_LANES
+    for (int i = 0; i < K; ++i) shrink[i] = prev_iter[i] == 0 ? first : again[i];
+  }
 }
 
 // The factor that a read-charged forward before `step` multiplies a row by. `decay` is prepared as
@@ -66,6 +78,20 @@ COLDROW_HD float read_factor(const Decay& decay, std::int64_t step, std::int32_t
                              float lr) {
   const auto clock = static_cast<std::int32_t>(step - 1);
   return prev_iter == 0 ? 1.0f : decay(gap_at(clock, prev_iter), lr);
+}
+
+// The same for K rows.
+template <int K, DecayPolicy Decay>
+COLDROW_HD void read_factors(const Decay& decay, std::int64_t step,
+                             const std::int32_t (&prev_iter)[K], float lr, float (&factor)[K]) {
+  const auto clock = static_cast<std::int32_t>(step - 1);
+  std::int32_t gap[K];
+  float paid[K];
+  COLDROW_LANES
+  for (int i = 0; i < K; ++i) gap[i] = prev_iter[i] == 0 ? 0 : gap_at(clock, prev_iter[i]);
+  factors(decay, gap, lr, paid);
+  COLDROW_LANES
+  for (int i = 0; i < K; ++i) factor[i] = prev_iter[i] == 0 ? 1.0f : paid[i];
 }
 
 template <Numeric Weight, Numeric Grad, OptimizerPolicy Optimizer, DecayPolicy Decay,

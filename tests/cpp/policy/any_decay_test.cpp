@@ -1,4 +1,5 @@
 #include <coldrow/policy/any_decay.hpp>
+#include <coldrow/row/update.hpp>
 
 #include "../support.hpp"
 
@@ -6,6 +7,39 @@ namespace coldrow_test {
 namespace {
 
 static_assert(DecayPolicy<AnyDecay> && DecayPolicy<AnyDecay::AtStep>);
+
+// What a driver asks for many rows at once is what it would be told of each.
+template <class Many, class One>
+void expect_same_by_rows(const Many& many, const One& one, std::int32_t step, float lr) {
+  const std::int32_t prev_iter[16] = {0,
+                                      step,
+                                      step - (step > 0),
+                                      step / 2,
+                                      1,
+                                      2,
+                                      INT32_MAX,
+                                      INT32_MAX - 1,
+                                      -1,
+                                      INT32_MIN,
+                                      -step,
+                                      step / 3,
+                                      900,
+                                      99,
+                                      step / 2 + 10,
+                                      0};
+  float factor[16];
+  touch_factors(many, step, prev_iter, lr, factor);
+  for (int i = 0; i < 16; ++i) {
+    ASSERT_EQ(bits_of(factor[i]), bits_of(touch_factor(one, step, prev_iter[i], lr)))
+        << "touch, step " << step << ", prev_iter " << prev_iter[i];
+  }
+  const std::int64_t next = std::int64_t{step} + 1;
+  read_factors(many, next, prev_iter, lr, factor);
+  for (int i = 0; i < 16; ++i) {
+    ASSERT_EQ(bits_of(factor[i]), bits_of(read_factor(one, next, prev_iter[i], lr)))
+        << "read, step " << next << ", prev_iter " << prev_iter[i];
+  }
+}
 
 // `any` and `policy` are one function, bit for bit.
 template <class Policy>
@@ -21,6 +55,7 @@ void expect_same(const AnyDecay& any, const Policy& policy) {
               << "lr " << lr << " step " << step << " epoch " << epoch_start << " gap " << gap;
         }
         ASSERT_EQ(bits_of(first_touch(a, lr32)), bits_of(first_touch(b, lr32)));
+        a.visit([&](const auto& own) { expect_same_by_rows(own, b, step, lr32); });
       }
     }
     for (const std::int32_t gap : {0, 1, 7, 1000000}) {
