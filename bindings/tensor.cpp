@@ -120,9 +120,7 @@ bool fill_from_ndarray(Array& a, nb::handle object) {
 // A buffer's strides may be left out although they were asked for (NumPy's datetime64 scalars do so),
 // and nanobind would read through the null pointer. A memoryview of it has them.
 nb::object as_memoryview_if_only_a_buffer(nb::handle object) {
-  if (!PyObject_CheckBuffer(object.ptr()) || nb::hasattr(object, "__dlpack__")) {
-    return nb::borrow(object);
-  }
+  if (nb::hasattr(object, "__dlpack__")) return nb::borrow(object);
   nb::object view = nb::steal(PyMemoryView_FromObject(object.ptr()));
   if (view.is_valid()) return view;
   PyErr_Clear();
