@@ -204,7 +204,7 @@ for _ in sys.stdin:
             checkpoint.save(model.state_dict(), {path!r})
             print("saved", flush=True)
     os.waitpid(child, 0)
-    print("killed", flush=True)
+    print("\\nkilled", flush=True)  # on a line of its own, wherever the child was stopped
 """
 
 

@@ -2,8 +2,9 @@
 //
 // A decay is a small struct with
 //     float operator()(std::int32_t gap, float lr) const;      // in [0, 1]
-// where gap = t - prev_iter counts optimizer steps since the row's last touch. Two members are
-// optional:
+// where gap = t - prev_iter counts optimizer steps since the row's last touch. (It may be called for rows
+// whose factor is then not used, with any gap from 0 on: so that loops over rows become vectors.) Two
+// members are optional:
 //     auto prepare(std::int32_t step, double lr, std::int32_t epoch_start) const;
 //         turns the policy into what is evaluated at `step` (an object that is a decay itself);
 //         run once per step and table, so that costly or global quantities stay out of the row
