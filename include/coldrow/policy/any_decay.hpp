@@ -110,8 +110,7 @@ struct AnyDecay {
         case DecayKind::linear_clipped:
           return call(linear_clipped);
         case DecayKind::cumulative_linear:
-          return cumulative_linear.table != nullptr ? call(cumulative_linear.by_table())
-                                                    : call(cumulative_linear);
+          return cumulative_linear.visit(call);
         case DecayKind::exponential:
           return call(exponential);
         case DecayKind::constant:

@@ -75,8 +75,8 @@ COLDROW_HD void factors(const D& decay, const std::int32_t (&gap)[K], float lr, 
   }
 }
 
-// Calls f with the decay itself where `decay` is one that stands for others (AnyDecay): what a loop over
-// many rows uses, to decide once and not per row.
+// Calls f with the decay itself where `decay` is one that stands for others (AnyDecay, CumulativeLinear): what
+// a loop over many rows uses, to decide once and not per row.
 template <class D, class F>
 COLDROW_HOST_INLINE void visit(const D& decay, const F& f) {
   if constexpr (requires { decay.visit(f); }) {
@@ -139,6 +139,12 @@ struct CumulativeLinear {
   }
 
   COLDROW_HD ByTable by_table() const { return {table, size}; }
+
+  // Calls f with what the rows evaluate, decided once for all of them.
+  template <class F>
+  void visit(const F& f) const {
+    table != nullptr ? f(by_table()) : f(*this);
+  }
 
   // Entries that are not 0 in float32, and one that is. 0 where no table is used.
   static std::int32_t table_size(double alpha) {

@@ -52,21 +52,29 @@ COLDROW_HD float touch_factor(const Decay& decay, std::int32_t step, std::int32_
   return prev_iter == 0 ? first_touch(decay, lr) : decay(gap_at(step, prev_iter), lr);
 }
 
-// The same for K rows: what a row does not need is computed too, so that loops become vectors.
+// The factors of K rows after their gaps as of `step`, and `never` for rows never touched. What a row does
+// not need is computed too, so that the loops become vectors.
+template <int K, DecayPolicy Decay>
+COLDROW_HD void factors_at(const Decay& decay, std::int32_t step,
+                           const std::int32_t (&prev_iter)[K], float lr, float never,
+                           float (&out)[K]) {
+  std::int32_t gap[K];
+  float touched[K];
+  COLDROW_LANES
+  for (int i = 0; i < K; ++i) gap[i] = prev_iter[i] == 0 ? 1 : gap_at(step, prev_iter[i]);
+  factors(decay, gap, lr, touched);
+  COLDROW_LANES
+  for (int i = 0; i < K; ++i) out[i] = prev_iter[i] == 0 ? never : touched[i];
+}
+
+// touch_factor() of K rows.
 template <int K, DecayPolicy Decay>
 COLDROW_HD void touch_factors(const Decay& decay, std::int32_t step,
                               const std::int32_t (&prev_iter)[K], float lr, float (&shrink)[K]) {
   if constexpr (K == 1) {
     shrink[0] = touch_factor(decay, step, prev_iter[0], lr);
   } else {
-    std::int32_t gap[K];
-    float again[K];
-    COLDROW_LANES
-    for (int i = 0; i < K; ++i) gap[i] = prev_iter[i] == 0 ? 1 : gap_at(step, prev_iter[i]);
-    factors(decay, gap, lr, again);
-    const float first = first_touch(decay, lr);
-    COLDROW_LANES
-    for (int i = 0; i < K; ++i) shrink[i] = prev_iter[i] == 0 ? first : again[i];
+    factors_at(decay, step, prev_iter, lr, first_touch(decay, lr), shrink);
   }
 }
 
@@ -80,18 +88,11 @@ COLDROW_HD float read_factor(const Decay& decay, std::int64_t step, std::int32_t
   return prev_iter == 0 ? 1.0f : decay(gap_at(clock, prev_iter), lr);
 }
 
-// The same for K rows.
+// read_factor() of K rows.
 template <int K, DecayPolicy Decay>
 COLDROW_HD void read_factors(const Decay& decay, std::int64_t step,
                              const std::int32_t (&prev_iter)[K], float lr, float (&factor)[K]) {
-  const auto clock = static_cast<std::int32_t>(step - 1);
-  std::int32_t gap[K];
-  float paid[K];
-  COLDROW_LANES
-  for (int i = 0; i < K; ++i) gap[i] = prev_iter[i] == 0 ? 0 : gap_at(clock, prev_iter[i]);
-  factors(decay, gap, lr, paid);
-  COLDROW_LANES
-  for (int i = 0; i < K; ++i) factor[i] = prev_iter[i] == 0 ? 1.0f : paid[i];
+  factors_at(decay, static_cast<std::int32_t>(step - 1), prev_iter, lr, 1.0f, factor);
 }
 
 template <Numeric Weight, Numeric Grad, OptimizerPolicy Optimizer, DecayPolicy Decay,

@@ -244,7 +244,10 @@ class DeviceKernels:
     def batch(
         self, sizes: tuple[int, ...] | None, at: Counters, *, read: bool, keep: bool = False
     ) -> DeviceBatch:
-        """Return what a lookup needs to know of the moment. keep: as it is now, for later."""
+        """Return where a lookup finds what it needs to know. keep: as it is now, for later.
+
+        (The kernels look when they need it, so ``read`` changes nothing.)
+        """
         if not keep:
             return DeviceBatch(sizes, at.clock, at.epoch_start, at.by_table())
         lrs = [lr.clone() for lr in at.lrs]

@@ -442,7 +442,7 @@ class TableBatchedEmbeddingBags(nn.Module):
         train = self.training and torch.is_grad_enabled()
         anchor = self._anchor if train else self._anchor.detach()
         if weights is not None:
-            weights = weights.resolve_neg().contiguous()
+            weights = weights.resolve_neg().contiguous()  # plain() asks what cannot be traced
         out = torch.ops.coldrow.lookup(
             anchor,
             [p.detach() for p in self._parameters_list],
