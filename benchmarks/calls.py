@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpu import preload_libc10
+from preload import preload_libc10
 
 ROWS, DIM = 1000, 64
 Case = tuple[str, Callable[[], Any]]

@@ -9,36 +9,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
+from preload import preload_libc10
 from workloads import WORKLOADS, Workload
-
-
-def preload_libc10() -> None:
-    """Start this program again with torch's libc10 loaded first, where FBGEMM needs that.
-
-    FBGEMM 1.9's own copy of what detects the CPU's instruction sets is never filled in, so it runs
-    scalar code; with libc10 loaded first that one is found, which torch fills in.
-    """
-    try:
-        version = importlib.metadata.version("fbgemm-gpu-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None or tuple(map(int, version.split(".")[:2])) < (1, 9):
-        return
-    library = Path(spec.origin).parent / "lib" / "libc10.so"
-    loaded = os.environ.get("LD_PRELOAD", "").split(":")
-    if library.exists() and not any(name.endswith("/libc10.so") for name in loaded):
-        preload = ":".join([str(library), *filter(None, loaded)])
-        sys.stdout.flush()
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": preload})
 
 
 def arguments() -> argparse.Namespace:

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from coldrow import _core
+from coldrow._checks import torch_of
 from coldrow.policies import RowUpdate, compiled, native_arguments
-
-
-def torch_of(array: Any) -> Any:
-    """Return the torch module if ``array`` is a torch tensor, else None; never imports torch."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
 @dataclass

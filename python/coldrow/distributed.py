@@ -29,12 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from coldrow import _core
-from coldrow.functional import integer, one_of
+from coldrow._checks import integer, number, one_of
 from coldrow.nn.autograd import Ticket, check_same_tables, plain
 from coldrow.nn.kernels import Batch
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
-from coldrow.policies import SGD, RowUpdate, compiled, number
+from coldrow.policies import SGD, RowUpdate, compiled
 
 __all__ = ["RowShardedEmbeddingBags", "ignore_in_ddp"]
 

@@ -11,26 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coldrow._checks import LAST_STEP, ON_NONFINITE, integer, listed, number, one_of
 from coldrow._engines import RowStep
-from coldrow.functional import (
-    LAST_STEP,
-    ON_NONFINITE,
-    apply_steps,
-    bump_versions,
-    init_state,
-    integer,
-    listed,
-    one_of,
-    sparse_rows,
-)
-from coldrow.policies import (
-    LinearClipped,
-    Nearest,
-    Rounding,
-    RowUpdate,
-    RowwiseRMSprop,
-    number,
-)
+from coldrow._steps import apply_steps, bump_versions, sparse_rows
+from coldrow.functional import init_state
+from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
 
 __all__ = ["RowwiseRMSpropAR", "SparseOptimizer"]
 

@@ -14,11 +14,12 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from coldrow import _core
+from coldrow._checks import item, number
 
 __all__ = [
     "SGD",
@@ -42,49 +43,8 @@ __all__ = [
     "Stochastic",
 ]
 
-_LARGEST_FLOAT32 = 3.4028234e38
 _SMALLEST_FLOAT32 = 1.17549435e-38  # the smallest normal one
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
-
-
-def item(value: Any) -> Any:
-    """Return the number in a 0-dim array, or ``value``. (torch raises RuntimeError where there is none.)"""
-    is_array = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
-    return value.item() if is_array else value
-
-
-def number(
-    name: str,
-    value: Any,
-    *,
-    low: float = 0.0,
-    high: float = _LARGEST_FLOAT32,
-    low_open: bool = False,
-) -> float:
-    """Return ``value`` as a float, or raise naming the argument, what was given and what is accepted."""
-
-    def error() -> str:  # (A tensor's text takes longer than a step.)
-        bounds = f"a number {'>' if low_open else '>='} {low:g}" + (
-            f" and <= {high:.10g}" if high < _LARGEST_FLOAT32 else " and finite"
-        )
-        return f"{name}: got {value!r}, accepted: {bounds}"
-
-    try:
-        given = item(value)
-        if isinstance(given, (bool, str, bytes)):
-            raise TypeError(error())
-        x = float(given)
-    except OverflowError:
-        raise ValueError(error()) from None
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # RuntimeError: torch, of a tensor with more values
-        raise TypeError(error()) from None
-    if not (low <= x <= high) or (low_open and x == low):
-        raise ValueError(error())
-    return x
 
 
 class _Policy:
@@ -542,10 +502,9 @@ class RowUpdate:
         """Return the update that :meth:`to_dict` described."""
 
         def build(described: Mapping[str, Any]) -> Any:
-            if described.get("policy") in ("JitDecay", "JitOptimizer"):
-                from coldrow.jit.policies import restored
-
-                return restored(described)
+            restore = _RESTORED_BY.get(described.get("policy", ""))
+            if restore is not None:
+                return restore(described)
             kind = _BY_NAME.get(described.get("policy", ""))
             if kind is None:
                 raise ValueError(
@@ -563,6 +522,15 @@ _BY_NAME: dict[str, Any] = {"RowUpdate": RowUpdate} | {
     for name, kind in globals().items()
     if isinstance(kind, type) and issubclass(kind, _Policy) and dataclasses.is_dataclass(kind)
 }
+
+
+# Policies that are no dataclasses of plain fields, and who makes them again (coldrow.jit puts its own here).
+_RESTORED_BY: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
+
+
+def restored_by(name: str, restore: Callable[[Mapping[str, Any]], Any]) -> None:
+    """Let :meth:`RowUpdate.from_dict` make policies named ``name`` by ``restore``."""
+    _RESTORED_BY[name] = restore
 
 
 def is_epoch_aware(update: RowUpdate) -> bool:

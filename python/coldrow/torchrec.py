@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldrow import _core
-from coldrow.functional import table_key
+from coldrow.nn.kernels import Origin
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
 from coldrow.policies import (
@@ -145,19 +144,9 @@ def _update_of(params: dict[str, Any]) -> RowUpdate:
 class _Shards(TableBatchedEmbeddingBags):
     """The shards of one group of tables on this rank."""
 
-    _origin: tuple[list[str], list[int], list[int]] = ([], [], [])
-
     def _require_device(self, device: torch.device) -> None:
         if device.type != "cpu":
             raise ValueError(f"device: got {str(device)!r}, accepted: 'cpu' (shards live there)")
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        names, rows, cols = self._origin
-        if names:
-            # Random bits are those of the whole table, whatever the sharding.
-            self._keys = [table_key(n) for n in names]
-            self._native = _core.TableBatch(names, self._keys, self._feature_tables, rows, cols)
 
 
 class _Kernel(nn.Module):
@@ -198,7 +187,10 @@ class _Kernel(nn.Module):
             output_dtype=output.as_dtype(),
             state_layout="split",
         )
-        self.emb._origin = ([t.name for t in tables], owner._row_offset, owner._col_offset)
+        self.emb._origins = [
+            Origin(t.name, row, column)
+            for t, row, column in zip(tables, owner._row_offset, owner._col_offset, strict=True)
+        ]
         # TorchRec describes tables as slices of one array.
         sizes = [n * d for n, d in zip(rows, cols, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]

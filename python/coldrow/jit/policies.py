@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from coldrow._checks import number
 from coldrow.jit.compiler import CompileError, library
-from coldrow.policies import Decay, Optimizer, number
+from coldrow.policies import Decay, Optimizer, restored_by
 
 _NAME = re.compile(r"[A-Za-z_]\w*(::[A-Za-z_]\w*)*")
 
@@ -335,3 +336,7 @@ def restored(described: Mapping[str, Any]) -> _Compiled:
         return JitDecay(source, _values(params))
     lr = number("lr", params.pop("lr"))
     return JitOptimizer(source, _values(params), lr)
+
+
+restored_by("JitDecay", restored)
+restored_by("JitOptimizer", restored)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coldrow.functional import LAST_STEP
+from coldrow._checks import LAST_STEP
 
 if TYPE_CHECKING:
     from coldrow.nn.module import TableBatchedEmbeddingBags

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, one_of, require_dense
+from coldrow._checks import MAX_DIM, MAX_ELEMENTS, integer, one_of, require_dense
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Table
 from coldrow.policies import RowUpdate

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from coldrow import _core, _engines
-from coldrow.functional import LAST_STEP
-from coldrow.policies import RowUpdate, compiled, number
+from coldrow._checks import LAST_STEP, number, table_key
+from coldrow.policies import RowUpdate, compiled
 
 
 class Batch(NamedTuple):  # (made in half the time of a dataclass)
@@ -39,6 +39,14 @@ class DeviceBatch(NamedTuple):
     clock: Tensor
     epoch_start: Tensor
     lrs: tuple[Tensor, ...]  # by table
+
+
+class Origin(NamedTuple):
+    """Where a table's first row and column are in the table that it is a shard of, and that one's name."""
+
+    name: str
+    row: int = 0
+    column: int = 0
 
 
 @dataclass(frozen=True)
@@ -391,6 +399,13 @@ def kernels_on(device: torch.device, *, sync: bool) -> Kernels:
 def kernels_of(token: str | None) -> DeviceKernels | None:
     """Return the kernels that have this token, while their module lives."""
     return None if token is None else _known.get(token)
+
+
+def native_tables(kernels: Kernels, origins: Sequence[Origin], features: Sequence[int]) -> Any:
+    """Return the native form of tables and features: names and random bits are the whole tables'."""
+    names, rows, columns = zip(*origins, strict=True)
+    keys = [table_key(n) for n in names]
+    return kernels.tables(list(names), keys, list(features), list(rows), list(columns))
 
 
 def counts_of(offsets: Tensor, sizes: Sequence[int] | None, features: int) -> list[int]:

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from coldrow._engines import RowStep, engine_of
-from coldrow.functional import (
+from coldrow._checks import (
     LAST_STEP,
     ON_NONFINITE,
-    apply_steps,
     integer,
     listed,
+    number,
     one_of,
     require_dense,
-    sparse_rows,
     table_key,
 )
+from coldrow._engines import RowStep, engine_of
+from coldrow._steps import apply_steps, sparse_rows
 from coldrow.nn import checkpoint, ops
 from coldrow.nn.autograd import FusedLookup, SparseLookup, Ticket, plain
 from coldrow.nn.kernels import (
@@ -37,12 +37,14 @@ from coldrow.nn.kernels import (
     Counters,
     DeviceBatch,
     Operands,
+    Origin,
     counts_of,
     kernels_on,
+    native_tables,
     require_device,
 )
 from coldrow.nn.table import DTYPES, State, Table, Weights, in_table_memory, moved, table_memory
-from coldrow.policies import RowUpdate, is_epoch_aware, number
+from coldrow.policies import RowUpdate, is_epoch_aware
 
 
 class TableBatchedEmbeddingBags(nn.Module):
@@ -78,6 +80,8 @@ class TableBatchedEmbeddingBags(nn.Module):
         weights: tables by name, ``[E, D]``, live and writable.
         strict_policies: refuse a checkpoint whose policies differ from the module's.
     """
+
+    _origins: Sequence[Origin] = ()  # of tables that are shards of others; empty: all are whole
 
     def __init__(
         self,
@@ -166,15 +170,16 @@ class TableBatchedEmbeddingBags(nn.Module):
 
     def _prepare(self) -> None:
         """(Re)build what is derived from tables and state; called whenever their memory moves."""
+        origins = self._origins or [Origin(t.name) for t in self.tables]
+        self._keys = [table_key(o.name) for o in origins]
         names = [t.name for t in self.tables]
-        self._keys = [table_key(n) for n in names]
         self._parameters_list = [self.weights[n] for n in names]
         self._device = self._parameters_list[0].device
         kernels = self.__dict__.get("_kernels")
         if kernels is None or kernels.device != self._device:
             # (Else kept: a captured CUDA graph reports to these.)
             self._kernels = kernels_on(self._device, sync=self.validate == "sync")
-        self._native = self._kernels.tables(names, self._keys, self._feature_tables)
+        self._native = native_tables(self._kernels, origins, self._feature_tables)
         self._compiled = [self._kernels.update_of(u) for u in self._updates]
         # What makes autograd call the fused backward.
         self._anchor = torch.empty(0, requires_grad=True, device=self._device)

@@ -26,15 +26,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from coldrow.functional import apply_now, bump_versions, table_key
+from coldrow._steps import apply_now, bump_versions
 from coldrow.nn.kernels import (
     Batch,
     Counters,
     DeviceBatch,
     Kernels,
     Operands,
+    Origin,
     kernels_of,
     kernels_on,
+    native_tables,
 )
 from coldrow.nn.table import State
 from coldrow.policies import RowUpdate
@@ -53,6 +55,7 @@ def spec_of(module: TableBatchedEmbeddingBags) -> str:
                 {"name": t.name, "dim": t.dim, "update": u.to_dict()}
                 for t, u in zip(module.tables, module._updates, strict=True)
             ],
+            "origins": module._origins,
             "features": module._feature_tables,
             "groups": module._group_of,
             "pooling": module.pooling,
@@ -71,13 +74,13 @@ class _Plan:
     def __init__(self, spec: str, device: torch.device) -> None:
         values = json.loads(spec)
         tables = values["tables"]
-        names = [t["name"] for t in tables]
+        origins = [Origin(*o) for o in values["origins"]] or [Origin(t["name"]) for t in tables]
         self._token, self._device = values["kernels"], device
         self._own: Kernels | None = None
         kernels = self.kernels
         self.updates = [RowUpdate.from_dict(t["update"]) for t in tables]
         self._compiled = [kernels.update_of(u) for u in self.updates]
-        self._native = kernels.tables(names, [table_key(n) for n in names], values["features"])
+        self._native = native_tables(kernels, origins, values["features"])
         self.dims = [tables[t]["dim"] for t in values["features"]]
         self.pooling: str = values["pooling"]
         self.read: bool = values["read"]

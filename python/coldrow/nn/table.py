@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coldrow import _core
-from coldrow.functional import MAX_DIM, MAX_ELEMENTS, integer, listed, one_of
+from coldrow._checks import MAX_DIM, MAX_ELEMENTS, integer, listed, one_of
 from coldrow.policies import RowUpdate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from coldrow.functional import listed
+from coldrow._checks import listed, number
 from coldrow.nn.module import TableBatchedEmbeddingBags
-from coldrow.policies import number
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coldrow import cuda, policies
+from coldrow._checks import integer, number
 from coldrow.compat.fbgemm.definitions import (
     BoundsCheckMode,
     CacheAlgorithm,
@@ -26,8 +27,6 @@ from coldrow.compat.fbgemm.definitions import (
     WeightDecayMode,
     member,
 )
-from coldrow.functional import integer
-from coldrow.policies import number
 
 NO_CACHE = "there is no cache in front of the tables"
 # Arguments that have one accepted value, and why.

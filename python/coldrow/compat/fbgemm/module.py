@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coldrow import policies
+from coldrow._checks import LAST_STEP, integer, number
 from coldrow.compat.fbgemm import arguments
 from coldrow.compat.fbgemm.definitions import (
     BoundsCheckMode,
@@ -35,9 +36,8 @@ from coldrow.compat.fbgemm.definitions import (
     member,
 )
 from coldrow.compat.fbgemm.state import checkpoint_entries, optimizer_arrays
-from coldrow.functional import LAST_STEP, integer
 from coldrow.nn import Table, TableBatchedEmbeddingBags, ops
-from coldrow.policies import RowUpdate, number
+from coldrow.policies import RowUpdate
 
 
 class Tables(TableBatchedEmbeddingBags):

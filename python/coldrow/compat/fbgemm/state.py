@@ -10,18 +10,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from coldrow import policies
+from coldrow._checks import LAST_STEP
 from coldrow.compat.fbgemm.definitions import EmbeddingLocation
-from coldrow.functional import LAST_STEP
 from coldrow.nn import TableBatchedEmbeddingBags
-
-if TYPE_CHECKING:
-    from coldrow.compat.fbgemm.module import SplitTableBatchedEmbeddingBagsCodegen
 
 _SUM = ("momentum1", "sum")
 _MOMENTS = (("momentum1", "exp_avg"), ("momentum2", "exp_avg_sq"))
@@ -35,6 +32,14 @@ _ARRAYS: dict[type[policies.Optimizer], tuple[tuple[str, str], ...]] = {
     policies.Adam: _MOMENTS,
     policies.PartialRowwiseAdam: _MOMENTS,
 }
+
+
+class HoldsTables(Protocol):
+    """A module whose tables are coldrow's, in ``emb``: ``SplitTableBatchedEmbeddingBagsCodegen``."""
+
+    @property
+    def emb(self) -> TableBatchedEmbeddingBags:
+        """The tables."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _tables(emb: Any) -> TableBatchedEmbeddingBags:
 
 
 def export_state(
-    emb: TableBatchedEmbeddingBags | SplitTableBatchedEmbeddingBagsCodegen,
+    emb: TableBatchedEmbeddingBags | HoldsTables,
 ) -> FbgemmState:
     """Return a module's state as FBGEMM keeps it: copies, with ``prev_iter`` in float32.
 
@@ -136,7 +141,7 @@ def export_state(
 
 
 def import_state(
-    emb: TableBatchedEmbeddingBags | SplitTableBatchedEmbeddingBagsCodegen,
+    emb: TableBatchedEmbeddingBags | HoldsTables,
     source: Any,
     *,
     prefix: str = "",
