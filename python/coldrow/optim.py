@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coldrow._backends.protocol import RowStep
 from coldrow._checks import LAST_STEP, ON_NONFINITE, integer, listed, number, one_of
-from coldrow._engines import RowStep
 from coldrow._steps import apply_steps, bump_versions, sparse_rows
 from coldrow.functional import init_state
 from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
@@ -89,12 +89,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"params: got dtype {p.dtype}, accepted: float32, float16, bfloat16"
                 )
-            if getattr(p, "_coldrow_fused", False):
+            if getattr(p, "coldrow_fused", False):
                 raise ValueError(
                     "params: got a table of a fused module, whose backward updates it, accepted: "
                     "parameters that get gradients (build the module with fused=False)"
                 )
-            if getattr(p, "_coldrow_read_charged", False):
+            if getattr(p, "coldrow_read_charged", False):
                 raise ValueError(
                     "params: got a table of a read-charged module, accepted: touch charging only; "
                     "the module's own step() knows its clock"
