@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coldrow._checks import LAST_STEP, integer
+from coldrow._checks import LAST_STEP, integer, number
 from coldrow.nn.table_batch import TableBatch
 
 
@@ -120,6 +120,7 @@ class TablesOptimizer(torch.optim.Optimizer):
         at = self._module.table_batch.counters
         clock, epoch_start = int(at.clock), int(at.epoch_start)
         for group in groups:
+            number("lr", group["lr"])
             clock = integer("clock", group.get("clock", clock), 0, LAST_STEP)
             epoch_start = integer(
                 "epoch_start", group.get("epoch_start", epoch_start), 0, LAST_STEP

@@ -255,9 +255,10 @@ class States(_Named[TableState]):
 def _own_storage(view: Tensor) -> Tensor:
     """Return a tensor over the same memory with a storage of its own, which begins where the view does.
 
-    torch.save refuses two dtypes over one storage.
+    torch.save refuses two dtypes over one storage. (A fake tensor has no memory; memory shared between
+    processes is known as such by its storage alone.)
     """
-    return from_dlpack(view) if type(view) is Tensor else view  # (a fake one has no memory)
+    return from_dlpack(view) if type(view) is Tensor and not view.is_shared() else view
 
 
 def in_table_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -498,12 +498,15 @@ class TablesModule(nn.Module):
             counters = {name: moved(t, fn) for name, t in counters.items()}  # type: ignore[arg-type]
         finally:
             self._buffers.update(counters)
+            for table in self.tables:
+                table.dtype = self.weights[table.name].dtype
+            self.rebind()
             for i, grad in waiting:
                 parameter = self.weights.tensors()[i]
-                parameter.grad = grad.to(parameter.device)
-        for table in self.tables:
-            table.dtype = self.weights[table.name].dtype
-        self.rebind()
+                dtype = getattr(
+                    parameter, "grad_dtype", parameter.dtype
+                )  # (torch < 2.10: the table's)
+                parameter.grad = grad.to(parameter.device, dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 import coldrow
+import coldrow._operator
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 pytestmark = [
@@ -233,44 +234,33 @@ def test_export_of_inference(charge):
 
 
 def arguments():
+    """Copies of what the operators are given, in their order: weights, state, lr, counters, spec."""
     model = Model(charge="read")
     train(model, model)
-    emb = model.emb
-    memory = [m.clone() for s in emb._state for m in s.memory]
-    scalars = [t.clone() for t in (emb._clock, emb._epoch_start, emb._nonfinite, emb._grad_scale)]
-    weights = [p.detach().clone() for p in emb._parameters_list]
-    return weights, memory, [lr.clone() for lr in emb._lr], *scalars, emb._spec
+    tables = model.emb.table_batch
+    at = tables.counters
+    scalars = [at.lr, at.clock, at.epoch_start, at.nonfinite, at.grad_scale]
+    arrays = [[t.detach().clone() for t in some] for some in (tables.weights, tables.state)]
+    return *arrays, *[t.clone() for t in scalars], model.emb.spec
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_opcheck_lookup(train):
-    weights, memory, lrs, clock, epoch_start, nonfinite, grad_scale, spec = arguments()
+    *tensors, spec = arguments()
     indices, offsets = batch(torch.Generator().manual_seed(0))
-    anchor = torch.empty(0, requires_grad=train)
-    args = [
-        anchor,
-        weights,
-        memory,
-        lrs,
-        clock,
-        epoch_start,
-        nonfinite,
-        grad_scale,
-        indices,
-        offsets,
-    ]
+    args = [torch.empty(0, requires_grad=train), *tensors, indices, offsets]
     sample_weights = torch.rand(len(indices), requires_grad=True)
     for extra in ((None, None), (sample_weights, None), (None, [3, 5, 7])):
         opcheck(torch.ops.coldrow.lookup.default, (*args, *extra, train, spec))
 
 
 def test_opcheck_update_and_weight_gradients():
-    weights, memory, lrs, clock, epoch_start, nonfinite, grad_scale, spec = arguments()
+    weights, state, lr, clock, epoch_start, nonfinite, grad_scale, spec = arguments()
     indices, offsets = batch(torch.Generator().manual_seed(0))
     grad = torch.randn(5, 40)
-    args = [weights, memory, clock, nonfinite, lrs, epoch_start, grad_scale, indices, offsets]
+    args = [weights, state, clock, nonfinite, lr, epoch_start, grad_scale, indices, offsets]
     opcheck(torch.ops.coldrow.update_.default, (*args, torch.rand(len(indices)), None, grad, spec))
-    args = [weights, memory, lrs, clock, epoch_start, indices, offsets, None, grad, spec]
+    args = [weights, state, lr, clock, epoch_start, indices, offsets, None, grad, spec]
     opcheck(torch.ops.coldrow.weight_gradients.default, tuple(args))
 
 
@@ -278,7 +268,7 @@ def test_opcheck_and_compiled_apply():
     weight = torch.randn(10, 4)
     state = coldrow.init_state(UPDATE, 10, 4, weight)
     other = weight.clone(), {name: value.clone() for name, value in state.items()}
-    spec = coldrow.nn.ops._apply_spec(UPDATE, "raise", "name", 0, 0)
+    spec = coldrow._operator.apply_spec(UPDATE, "raise", "name", 0, 0)
     arrays = [state[n].clone() for n in UPDATE.state_names]
     args = (weight.clone(), torch.randn(3, 4), torch.tensor([1, 2, 1]), arrays[0], arrays[1:])
     scalars = (torch.tensor(1), torch.tensor(0.1, dtype=torch.float64), torch.tensor(0))

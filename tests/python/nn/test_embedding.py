@@ -322,7 +322,7 @@ def test_ddp_leaves_fused_tables_to_each_rank(tmp_path):
         assert not torch.equal(mine, theirs)
 
 
-def test_ignored_in_ddp_are_fused_tables_alone():
+def test_ignored_in_ddp_are_fused_tables_and_the_state_of_all():
     model = nn.ModuleDict(
         {
             "fused": TableBatchedEmbeddingBags([Table("a", 3, 2), Table("b", 3, 2)]),
@@ -332,4 +332,8 @@ def test_ignored_in_ddp_are_fused_tables_alone():
     )
     ignore_in_ddp(model)
     ignore_in_ddp(model)
-    assert list(model._ddp_params_and_buffers_to_ignore) == ["fused.weights.a", "fused.weights.b"]
+    ignored = list(model._ddp_params_and_buffers_to_ignore)
+    buffers = [name for name, _ in model.named_buffers()]
+    assert len(ignored) == len(set(ignored))
+    assert set(ignored) == {"fused.weights.a", "fused.weights.b", *buffers}
+    assert "unfused.state.a.prev_iter" in ignored

@@ -290,16 +290,11 @@ def test_the_default_device_stays_outside():
 def test_share_memory_shares_the_clock_too():
     emb = small()
     emb.share_memory()
-    tensors = [
-        emb._clock,
-        emb._epoch_start,
-        *emb._lr,
-        *emb.weights.values(),
-        *emb.state["a"].values(),
-    ]
-    assert all(t.is_shared() for t in tensors)
+    assert all(t.is_shared() for t in (*emb.parameters(), *emb.buffers()))
     emb.lr = 0.5
-    assert emb.param_groups[0]["lr"] is emb._lr[0]
+    lr = emb.table_batch.counters.lr
+    assert emb.param_groups[0]["lr"].data_ptr() == lr.data_ptr()
+    assert float(emb.param_groups[0]["lr"]) == 0.5
 
 
 def test_fused_tables_in_a_sparse_optimizer():

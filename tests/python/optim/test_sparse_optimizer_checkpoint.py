@@ -182,7 +182,7 @@ SPOILED = {
     r"state.*momentum1": lambda d: d["state"][0].pop("momentum1"),
     r"lr: got nan, accepted": lambda d: d["param_groups"][0].update(lr=float("nan")),
     r"ar_alpha: got -1\.0, accepted": lambda d: d["param_groups"][0].update(ar_alpha=-1.0),
-    r"clock.*accepted": lambda d: d.pop("clock"),
+    r"clock.*accepted": lambda d: [part.pop("clock") for part in (d, *d["param_groups"])],
 }
 
 
