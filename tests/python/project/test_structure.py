@@ -220,3 +220,21 @@ def test_a_file_that_is_too_long_is_found(tmp_path):
 def test_no_test_file_is_too_long():
     found = too_long(ROOT / "tests", 700, ROOT)
     assert not found, "\n" + "\n".join(found)
+
+
+COLDROW = ROOT / "python" / "coldrow"
+
+
+def test_no_module_imports_itself_through_others():
+    found = Package(COLDROW, ROOT).circles()
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_no_file_uses_private_names_of_another():
+    found = Package(COLDROW, ROOT).private_uses()
+    assert not found, f"{len(found)} uses\n" + "\n".join(found)
+
+
+def test_no_file_of_the_package_is_too_long():
+    found = too_long(COLDROW, 600, ROOT)
+    assert not found, "\n" + "\n".join(found)
