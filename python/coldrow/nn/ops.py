@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from coldrow._backends.protocol import Counters
 from coldrow._backends.registry import TORCH_TYPES
@@ -226,6 +227,6 @@ def is_traced() -> bool:
     """Return whether calls are recorded or faked, so that tables must go through an operator."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or is_in_torch_dispatch_mode()  # make_fx, FakeTensorMode and the like
     )

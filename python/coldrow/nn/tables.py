@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from coldrow._backends.protocol import Counters
 from coldrow._backends.registry import kernels_on, require_device
-from coldrow._checks import LAST_STEP, ON_NONFINITE, integer, listed, number, one_of
+from coldrow._checks import ON_NONFINITE, listed, one_of
 from coldrow._described import described
 from coldrow.nn import state_dict
+from coldrow.nn.clock import Clocked
 from coldrow.nn.learning_rates import LearningRates
 from coldrow.nn.optimizer import TablesOptimizer
 from coldrow.nn.table import (
@@ -41,7 +42,7 @@ _SAVED = ("clock", "epoch_start", "lr")
 _COUNTERS = (*_SAVED, "_nonfinite_rows", "_grad_scale")
 
 
-class TablesModule(nn.Module):
+class TablesModule(Clocked):
     """What :class:`coldrow.nn.TableBatchedEmbeddingBags` says of tables, without a forward."""
 
     #: Device types that tables may be on; None: those that coldrow has kernels for.
@@ -107,7 +108,7 @@ class TablesModule(nn.Module):
             one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
         )
         self.strict_policies = True
-        self._epoch_checked = self._epoch_declared = False
+        self._epoch_checked = self.epoch_declared = False
         self._load_strict: bool | None = None
         self._handle: TablesOptimizer | None = None
 
@@ -346,69 +347,6 @@ class TablesModule(nn.Module):
         """How state lies in memory. Fixed when the module is built."""
         return str(self._fixed["state_layout"])
 
-    # ------------------------------------------------------------------------------- clock and lr
-
-    @property
-    def clock(self) -> int:
-        """Optimizer steps done so far. Assignable to any value from there on, up to 2**31 - 1."""
-        return int(self._batch.counters.clock)
-
-    @clock.setter
-    def clock(self, value: int) -> None:
-        self._batch.counters.clock.fill_(integer("clock", value, self.clock, LAST_STEP))
-
-    @property
-    def epoch_start(self) -> int:
-        """The first step of the running epoch, 0 before the first :meth:`new_epoch`."""
-        return int(self._batch.counters.epoch_start)
-
-    def new_epoch(self) -> None:
-        """Declare that the next step begins an epoch (for EpochGated and EpochReset)."""
-        self._kernels.begin_epoch(self._batch.counters)
-        self._epoch_declared = True
-
-    def follow_clock(self, clock: Tensor, epoch_start: Tensor) -> None:
-        """Take over clock and epoch start, 0-dim int64, from whoever owns them."""
-        self._batch.counters.clock.copy_(clock)
-        self._batch.counters.epoch_start.copy_(epoch_start)
-
-    def set_clock(self, step: int, epoch_start: int | None = None) -> None:
-        """Set the clock, also back, though not to before the last touch of a row.
-
-        Args:
-            step: steps done, 0 to 2**31 - 1.
-            epoch_start: the first step of the running epoch; default: as it is.
-        """
-        step = integer("step", step, 0, LAST_STEP)
-        at = self._batch.counters
-        if step < self.clock:
-            latest = max(int(p.max()) for p in self._batch.operands.prev_iters)
-            if step < latest:
-                raise ValueError(
-                    f"step: got {step}, accepted: from the last step that touched a row, {latest}"
-                )
-        if epoch_start is not None:
-            at.epoch_start.fill_(integer("epoch_start", epoch_start, 0, LAST_STEP))
-        at.clock.fill_(step)
-
-    @property
-    def nonfinite_rows(self) -> int:
-        """Rows skipped so far as non-finite. Assignable."""
-        return int(self._batch.counters.nonfinite)
-
-    @nonfinite_rows.setter
-    def nonfinite_rows(self, value: int) -> None:
-        self._batch.counters.nonfinite.fill_(integer("nonfinite_rows", value, 0, 2**63 - 1))
-
-    @property
-    def grad_scale(self) -> float:
-        """What fused gradients are divided by (in float32): set it where the loss is scaled."""
-        return float(self._batch.counters.grad_scale)
-
-    @grad_scale.setter
-    def grad_scale(self, value: float) -> None:
-        self._batch.counters.grad_scale.fill_(number("grad_scale", value, low_open=True))
-
     @property
     def param_groups(self) -> list[Any]:
         """One group per distinct update; ``group["lr"]`` is a live 0-dim tensor, assignable to a number.
@@ -416,15 +354,6 @@ class TablesModule(nn.Module):
         For torch's schedulers pass :attr:`optimizer`.
         """
         return self._rates.param_groups
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step (of the first group); assigning sets it for all tables."""
-        return float(self._batch.counters.lr[0])
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._batch.counters.lr.fill_(number("lr", value))
 
     @property
     def optimizer(self) -> TablesOptimizer:
@@ -468,7 +397,7 @@ class TablesModule(nn.Module):
             self._epoch_checked = True
             aware = any(is_epoch_aware(t.update) for t in self.layout.tables)
             at = self._batch.counters
-            if aware and not self._epoch_declared and self._kernels.no_epoch(at.epoch_start):
+            if aware and not self.epoch_declared and self._kernels.no_epoch(at.epoch_start):
                 warnings.warn(
                     "an epoch-aware decay is in use and new_epoch() was never called: until it is, "
                     "nothing decays",
@@ -580,7 +509,7 @@ class TablesModule(nn.Module):
         )
         if not fits:
             return
-        self._epoch_declared = self.epoch_start != 0
+        self.epoch_declared = self.epoch_start != 0
         # What is left for torch is the extra state; the buffers were loaded above.
         buffers, self._buffers = self._buffers, {}
         try:
