@@ -13,6 +13,7 @@ from coldrow._checks import LAST_STEP, integer, one_of, require_dense
 from coldrow.nn import ops
 from coldrow.nn.autograd import Asked, FusedLookup, SparseLookup, Ticket, plain
 from coldrow.nn.table import Table
+from coldrow.nn.table_batch import TableBatch
 from coldrow.nn.tables import TablesModule, require_own
 from coldrow.policies import RowUpdate
 
@@ -233,27 +234,41 @@ class TableBatchedEmbeddingBags(TablesModule):
         tables = self.table_batch
         indices, offsets = plain(indices), plain(offsets)
         weights = None if weights is None else plain(weights)
-        grad_on = torch.is_grad_enabled()
+        layout = tables.layout
+        learns = weights is not None and weights.requires_grad
         # The gradient of per_sample_weights is that of the rows as they are read now.
-        keep = tables.operands.read and weights is not None and weights.requires_grad
-        moment = tables.moment(sizes, keep=keep)
-        owner = self if self.owns(tables) else None  # None: arrays put there for one call
-        if not self.fused and grad_on:
-            asked: Asked = (owner, tables, None, moment, indices, offsets)
-            out = SparseLookup.apply(asked, weights, *tables.weights)
-        elif grad_on and (self.training or (weights is not None and weights.requires_grad)):
-            ticket = self.begin_forward() if self.training else None
-            anchor = self.anchor if self.training else self.anchor.detach()
-            asked = (owner, tables, ticket, moment, indices, offsets)
-            out = FusedLookup.apply(anchor, weights, asked)
-            self.hold(ticket)
+        moment = tables.moment(sizes, keep=learns and tables.operands.read)
+        if torch.is_grad_enabled() and (self.training or learns or not self.fused):
+            out = self._recorded(tables, moment, indices, offsets, weights)
         else:
             out = tables.lookup(moment, indices, offsets, weights)
-        if tables.layout.pooling != "none":
+        if layout.pooling != "none":
             return out
-        if tables.layout.width is None:
+        if layout.width is None:
             self.check()  # sizes are asked of the device, so this waits anyway
-        return tables.layout.shaped(out, offsets, sizes)
+        return layout.shaped(out, offsets, sizes)
+
+    def _recorded(
+        self,
+        tables: TableBatch,
+        moment: Any,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Look up in a way that autograd knows of."""
+        owner = self if self.owns(tables) else None  # None: arrays put there for one call
+        asked: Asked
+        if not self.fused:
+            asked = (owner, tables, None, moment, indices, offsets)
+            out: Tensor = SparseLookup.apply(asked, weights, *tables.weights)
+            return out
+        ticket = self.begin_forward() if self.training else None
+        asked = (owner, tables, ticket, moment, indices, offsets)
+        anchor = self.anchor if self.training else self.anchor.detach()
+        out = FusedLookup.apply(anchor, weights, asked)
+        self.hold(ticket)
+        return out
 
     # ------------------------------------------------------------------------------------ training
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
+from torch.utils import dlpack
 
 from coldrow import _core
 from coldrow._checks import MAX_DIM, MAX_ELEMENTS, integer, listed, one_of
@@ -207,8 +207,10 @@ class TableState(_Named[Tensor]):
         others = iter(rest)
         for name in self._names:
             view = columns[name] if name in columns else next(others)
-            view = view if name == "prev_iter" else view.view(torch.float32)
-            self._buffers[name] = _own_storage(view)
+            if name != "prev_iter":
+                view = view.view(torch.float32)
+                view = _own_storage(view) if name in columns else view
+            self._buffers[name] = view
 
     def _members(self) -> Mapping[str, Tensor]:
         return self._buffers  # type: ignore[return-value]
@@ -258,7 +260,10 @@ def _own_storage(view: Tensor) -> Tensor:
     torch.save refuses two dtypes over one storage. (A fake tensor has no memory; memory shared between
     processes is known as such by its storage alone.)
     """
-    return from_dlpack(view) if type(view) is Tensor and not view.is_shared() else view
+    if type(view) is not Tensor or view.untyped_storage().is_shared():
+        return view
+    own: Tensor = dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
+    return own
 
 
 def in_table_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -7,10 +7,12 @@ buffers, so torch's tools see, copy, move and save them.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -90,7 +92,9 @@ class TablesModule(Clocked):
         self._require_device(device)
         if not isinstance(fused, bool):
             raise TypeError(f"fused: got {fused!r}, accepted: True or False")
-        self.tables = [replace(t, storage=None) for t in tables]  # dtype follows conversions
+        self.tables = [copy.copy(t) for t in tables]  # dtype follows conversions
+        for table in self.tables:
+            table.storage = None
         self._fixed = {"fused": fused, "validate": validate, "state_layout": state_layout}
         updates = [t.update or update for t in tables]
         # One group per distinct update, in order of the tables: its tables share a learning rate.
@@ -181,6 +185,10 @@ class TablesModule(Clocked):
             self.anchor = torch.empty(0, requires_grad=True, device=device)
         state = [arrays.tensors() for arrays in self.state.values()]
         self._batch = TableBatch(self.layout, kernels, weights, state, self._counters())
+        # The dicts that arrays may be replaced in, and what was in them.
+        dicts: list[dict[str, Any]] = [self.weights._parameters, self._buffers]
+        dicts += [arrays._buffers for arrays in self.state.values()]
+        self.__dict__.update(_dicts=dicts, _bound=[*_values(dicts)])
         self._rates.follow(self._batch.counters.lr, weights)
         self.spec = self.layout.spec(kernels.token)
         read = self.charge == "read"
@@ -211,23 +219,21 @@ class TablesModule(Clocked):
     @property
     def table_batch(self) -> TableBatch:
         """What the kernels work on, as things are now: see :mod:`coldrow.nn.table_batch`."""
-        batch = self._batch
-        weights, state = self.weights.tensors(), self.state.tensors()
-        if _same(weights, batch.weights) and _same(state, batch.state):
-            at, buffers = batch.counters, self._buffers
-            if (
-                at.clock is buffers["clock"]
-                and at.lr is buffers["lr"]
-                and at.epoch_start is buffers["epoch_start"]
-                and at.nonfinite is buffers["_nonfinite_rows"]
-                and at.grad_scale is buffers["_grad_scale"]
-            ):
-                return batch
-        if all(isinstance(p, nn.Parameter) for p in weights) and _same(state, batch.state):
-            self.rebind()  # somebody put Parameters of their own in the place of tables
+        own = self.__dict__
+        if all(map(operator.is_, _values(own["_dicts"]), own["_bound"])):
+            return own["_batch"]  # type: ignore[no-any-return]
+        return self._bound_anew()
+
+    def _bound_anew(self) -> TableBatch:
+        """Return the tables over the arrays that somebody has put in the place of others."""
+        batch, own = self._batch, self.__dict__
+        weights = self.weights.tensors()
+        replaced = all(isinstance(p, nn.Parameter) for p in weights)
+        if replaced and _same([*_values(own["_dicts"][1:])], own["_bound"][len(weights) :]):
+            self.rebind()  # tables are others for good
             return self._batch
         # torch.func.functional_call and the like: other arrays for one call.
-        self._require_like(weights, state)
+        self._require_like(weights, self.state.tensors())
         by_table = [arrays.tensors() for arrays in self.state.values()]
         return batch.over(weights, by_table, self._counters())
 
@@ -439,7 +445,7 @@ class TablesModule(Clocked):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_kernels", "anchor", "_batch", "spec", "_handle")
+        derived = ("_kernels", "anchor", "_batch", "_dicts", "_bound", "spec", "_handle")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -523,6 +529,10 @@ class TablesModule(Clocked):
 def _after_load(module: TablesModule, _: Any) -> None:
     """Take in the tables that a load with ``assign=True`` put in place of the old ones."""
     module.rebind()
+
+
+def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, dicts))
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
