@@ -87,8 +87,11 @@ test-python: build $(STAND_IN)/.built
 	COLDROW_STAND_IN=$(STAND_IN)/stand_in $(BIN)/python -m pytest $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m pytest --stand-in $(STAND_IN)/stand_in $(ON_STAND_IN))
 
-ON_STAND_IN := $(addprefix tests/python/test_,golden.py properties.py module.py bad_input.py optim.py \
-                 optimizers.py decay.py rounding.py read_charging.py embedding.py compile.py)
+BAD_INPUT := $(sort $(wildcard tests/python/robustness/test_bad_*.py)) tests/python/robustness/test_errors_page.py
+ON_STAND_IN := $(addprefix tests/python/functional/test_,golden.py properties.py decay.py rounding.py) \
+               $(addprefix tests/python/nn/test_,embedding.py compile.py read_charging.py \
+                 $(addprefix module_,forward.py training.py clock.py rows.py under_torch.py)) \
+               tests/python/optim $(BAD_INPUT)
 
 # The C++ tests need GoogleTest from the system. Without it this says so and goes on, unless
 # COLDROW_REQUIRE_ALL_TESTS is set (as CI does).
@@ -124,7 +127,7 @@ sanitize-cpp sanitize-threads: $(VENV)/.requirements
 	echo "$@: $(FLAGS)"; grep -E '^[0-9]+% tests passed|^Total Test time' $$dir/ctest.log
 
 # The module under AddressSanitizer and UBSan, in an environment on top of .venv. What Python and torch
-# keep at exit is not looked at: leaks of the binding are tests/python/test_leaks.py's. --capture=sys: a
+# keep at exit is not looked at: leaks of the binding are tests/python/robustness/test_leaks.py's. --capture=sys: a
 # sanitizer's report, after which the process ends at once, is not caught with the output of a test.
 $(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
 	$(PYTHON) -m venv --clear $(SANITIZE)/venv
@@ -136,7 +139,8 @@ $(SANITIZE)/venv/.installed: $(VENV)/.requirements $(SOURCES)
 	    -C cmake.define.COLDROW_SANITIZE=address,undefined,float-cast-overflow .
 	@touch $@
 
-SANITIZED_TESTS ?= $(addprefix tests/python/test_,$(addsuffix .py,bad_input edges rubbish traps))
+SANITIZED_TESTS ?= $(BAD_INPUT) $(addprefix tests/python/robustness/test_,$(addsuffix .py,array_memory \
+                     arbitrary_arguments extreme_gaps_and_sizes processes)) tests/python/nn/test_autograd_versions.py
 sanitize-python: $(SANITIZE)/venv/.installed
 	@echo "sanitize-python: address,undefined,float-cast-overflow"
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
@@ -145,7 +149,7 @@ sanitize-python: $(SANITIZE)/venv/.installed
 	    $(SANITIZE)/venv/bin/python -m pytest --capture=sys --hypothesis-seed=1 $(SANITIZED_TESTS) $(ARGS)
 
 sanitize-leaks: build
-	COLDROW_LEAK_CALLS=100000 $(BIN)/python -m pytest tests/python/test_leaks.py $(ARGS)
+	COLDROW_LEAK_CALLS=100000 $(BIN)/python -m pytest tests/python/robustness/test_leaks.py $(ARGS)
 
 FUZZ_SECONDS ?= 60
 .PHONY: fuzz
@@ -174,19 +178,19 @@ test-distributed: build $(DISTRIBUTED)/.installed
 # Many more kills and interruptions than the tests make: figures for docs/reliability.md.
 .PHONY: faults
 faults: build
-	COLDROW_FAULTS=200 $(BIN)/python -m pytest -s -W ignore tests/python/test_interrupts.py \
-	    tests/python/test_checkpoint_files.py -k "interrupted or killed"
+	COLDROW_FAULTS=200 $(BIN)/python -m pytest -s -W ignore tests/python/robustness/test_interrupts.py \
+	    tests/python/robustness/test_checkpoint_files.py -k "interrupted or killed"
 
 # docs/errors.md, from what the tests were refused.
 .PHONY: errors
 errors: build
-	COLDROW_WRITE_ERRORS=1 $(BIN)/python -m pytest tests/python/test_bad_input.py
+	COLDROW_WRITE_ERRORS=1 $(BIN)/python -m pytest $(BAD_INPUT)
 
 # Random operations on 20 tables beside the float64 reference; docs/reliability.md has an hour of it.
 SOAK_MINUTES ?= 2
 .PHONY: soak
 soak: build
-	$(BIN)/python tests/python/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
+	$(BIN)/python tests/python/robustness/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
 # One wheel under other torch releases and Pythons: tests/torch_releases.sh says how.
 .PHONY: test-torch

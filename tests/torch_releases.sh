@@ -19,8 +19,9 @@ $python -m pip install -q -c constraints.txt nanobind-backend 2>>"$log"
 PATH="$PWD/.venv/bin:$PATH" $python -m pip wheel -q --no-build-isolation --no-deps \
   -C wheel.py-api=cp310 -C cmake.define.COLDROW_CUDA=OFF -C build-dir=build/torch-wheel-build -w build/torch-wheel . 2>>"$log"
 wheel=$(echo build/torch-wheel/coldrow-*.whl)
-tests=(tests/python/test_module.py tests/python/test_optim.py tests/python/test_checkpoint.py
-  tests/python/test_traps.py tests/python/test_embedding.py tests/python/test_compile.py)
+tests=(tests/python/nn/test_{module_*,autograd_versions,embedding,compile}.py
+  tests/python/optim/test_sparse_optimizer{,_checkpoint}.py
+  tests/python/robustness/test_{array_memory,processes}.py)
 
 for release in numpy "${releases[@]}"; do
   env=build/torch-$release
@@ -37,7 +38,7 @@ for release in numpy "${releases[@]}"; do
   fi
   "$env/bin/python" -m pip install -q --no-deps --force-reinstall "$wheel" 2>>"$log"
   run=("${tests[@]}")
-  [ "$release" != numpy ] || run=(tests/python/test_policies.py tests/python/test_decay.py)
+  [ "$release" != numpy ] || run=(tests/python/functional/test_policies.py tests/python/functional/test_decay.py)
   echo "torch $release: $(sha256sum <"$wheel" | cut -c1-12)"
   # From elsewhere, so that the wheel is what is imported.
   "$env/bin/python" -m pytest -p no:cacheprovider "${run[@]}" >"$env/pytest.log" 2>&1 ||
@@ -57,7 +58,7 @@ for minor in 10 11 12 13 14; do
     touch "$env/.installed"
   fi
   "$env/bin/python" -m pip install -q --no-deps --force-reinstall "$wheel" 2>>"$log"
-  "$env/bin/python" -m pytest -p no:cacheprovider tests/python/test_policies.py \
-    tests/python/test_decay.py >"$env/pytest.log" 2>&1 || { cat "$env/pytest.log"; exit 1; }
+  "$env/bin/python" -m pytest -p no:cacheprovider tests/python/functional/test_policies.py \
+    tests/python/functional/test_decay.py >"$env/pytest.log" 2>&1 || { cat "$env/pytest.log"; exit 1; }
   echo "python3.$minor: $(tail -n 1 "$env/pytest.log")"
 done

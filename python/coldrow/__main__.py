@@ -27,7 +27,8 @@ def main() -> None:
 
 
 def _info() -> None:
-    from coldrow import __version__, _core, _engines, cuda
+    from coldrow import __version__, _core, cuda
+    from coldrow._backends import registry
 
     print(f"coldrow   {__version__}")
     print(f"python    {platform.python_version()} on {platform.platform()}")
@@ -38,7 +39,8 @@ def _info() -> None:
             print(f"{package:<9} not installed")
     print(f"builds    {', '.join(_core.builds())} (in use: {_core.build()})")
     print(f"threads   {_core.threads()}")
-    why = None if _engines.device is None else _engines.device.unavailable()
+    backend = registry.accelerator()
+    why = None if backend is None else backend.unavailable()
     print(
         f"cuda      built: {cuda.is_built()}, available: {cuda.is_available()}"
         + (f" ({why})" if why else "")

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coldrow import _core
+from coldrow._backends.host import HOST
+from coldrow._backends.protocol import Backend, RowStep
+from coldrow._backends.registry import backend_of
 from coldrow._checks import (
     LAST_STEP,
     ON_NONFINITE,
@@ -16,7 +19,6 @@ from coldrow._checks import (
     table_key,
     torch_of,
 )
-from coldrow._engines import HOST, Engine, RowStep, engine_of
 from coldrow.policies import RowUpdate, compiled
 
 
@@ -38,6 +40,7 @@ def _state_arrays(update: RowUpdate, state: Mapping[str, Any]) -> tuple[list[Any
 
 
 def require_update(update: Any) -> RowUpdate:
+    """Return ``update``, or raise unless it is a RowUpdate."""
     if not isinstance(update, RowUpdate):
         raise TypeError(f"update: got {update!r}, accepted: a coldrow.RowUpdate")
     return update
@@ -60,7 +63,7 @@ def apply_now(
 ) -> None:
     """Do what :func:`coldrow.apply_` says."""
     arrays, prev_iter = _state_arrays(require_update(update), state)
-    engine_of("weight", weight).apply(
+    backend_of("weight", weight).apply(
         [
             RowStep(
                 update,
@@ -104,14 +107,15 @@ def apply_steps(
 ) -> int:
     """Apply all parts of an optimizer step, or raise before the first is written.
 
-    One native call where all is in the processor's memory, so that Ctrl-C comes before all of it or after. Sets ``clock`` (0-dim int64) to ``step``
-    and adds the number of rows skipped as non-finite to ``nonfinite``; returns it.
+    One native call where all is in the memory of the processor, so that Ctrl-C comes before all of it or
+    after. Sets ``clock`` (0-dim int64) to ``step`` and adds the number of rows skipped as non-finite to ``nonfinite``;
+    returns it.
     """
-    parts: dict[tuple[Engine, int], list[RowStep]] = {}
+    parts: dict[tuple[Backend, int], list[RowStep]] = {}
     for s in steps:
-        engine = engine_of("weight", s.weight)
-        parts.setdefault((engine, engine.number(s.weight)), []).append(s)
-    if all(engine is HOST for engine, _ in parts):
+        backend = backend_of("weight", s.weight)
+        parts.setdefault((backend, backend.number(s.weight)), []).append(s)
+    if all(backend is HOST for backend, _ in parts):
         skipped: int = _core.apply_steps(
             [
                 (compiled(s.update), s.weight, s.grad, s.indices, s.state, s.prev_iter, s.lr, s.key)
@@ -127,7 +131,7 @@ def apply_steps(
 
     def run(mode: str, check_only: bool) -> int:
         return sum(
-            engine.apply(
+            backend.apply(
                 some,
                 step=step,
                 epoch_start=epoch_start,
@@ -135,7 +139,7 @@ def apply_steps(
                 check_step=False,
                 check_only=check_only,
             )
-            for (engine, _), some in parts.items()
+            for (backend, _), some in parts.items()
         )
 
     run(on_nonfinite, True)

@@ -1,13 +1,13 @@
 """What this build can do on a GPU."""
 
-from coldrow import _engines
+from coldrow._backends import registry
 
 __all__ = ["is_available", "is_built"]
 
 
 def is_built() -> bool:
     """Return whether this build of coldrow contains CUDA kernels."""
-    return _engines.device is not None
+    return registry.accelerator() is not None
 
 
 def is_available() -> bool:
@@ -15,4 +15,5 @@ def is_available() -> bool:
 
     (torch must be a build for CUDA too, for its tensors to be there.)
     """
-    return _engines.device is not None and _engines.device.unavailable() is None
+    backend = registry.accelerator()
+    return backend is not None and backend.unavailable() is None

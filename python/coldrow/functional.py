@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from coldrow._backends.registry import backend_of
 from coldrow._checks import (
     LAST_STEP,
     MAX_DIM,
@@ -21,7 +22,6 @@ from coldrow._checks import (
     table_key,
     torch_of,
 )
-from coldrow._engines import engine_of
 from coldrow._steps import apply_now, bump_versions, require_update
 from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
 
@@ -73,7 +73,7 @@ def apply_(
     """
     torch = torch_of(weight)
     if torch is not None and torch.compiler.is_compiling():
-        from coldrow.nn.ops import traced_apply as apply
+        from coldrow._operator import traced_apply as apply
     else:
         apply = apply_now
     apply(
@@ -193,7 +193,7 @@ def read_(
     """
     if not isinstance(state, Mapping) or "prev_iter" not in state:
         raise ValueError("state: got no prev_iter, accepted: a dict with 'prev_iter'")
-    engine_of("weight", weight).read(
+    backend_of("weight", weight).read(
         require_update(update),
         plain_array("out", out, written=True),
         plain_array("weight", weight, written=False),

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coldrow._backends.protocol import RowStep
 from coldrow._checks import LAST_STEP, ON_NONFINITE, integer, listed, number, one_of
-from coldrow._engines import RowStep
 from coldrow._steps import apply_steps, bump_versions, sparse_rows
 from coldrow.functional import init_state
 from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
@@ -89,17 +89,40 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"params: got dtype {p.dtype}, accepted: float32, float16, bfloat16"
                 )
-            if getattr(p, "_coldrow_fused", False):
+            if getattr(p, "coldrow_fused", False):
                 raise ValueError(
                     "params: got a table of a fused module, whose backward updates it, accepted: "
                     "parameters that get gradients (build the module with fused=False)"
                 )
-            if getattr(p, "_coldrow_read_charged", False):
+            if getattr(p, "coldrow_read_charged", False):
                 raise ValueError(
                     "params: got a table of a read-charged module, accepted: touch charging only; "
                     "the module's own step() knows its clock"
                 )
         super().add_param_group({**param_group, "params": params})
+        for p in params:
+            self._state_of(p, update)
+
+    def _state_of(self, parameter: Tensor, update: RowUpdate) -> dict[str, Tensor]:
+        """Return the state of a parameter: zeros to begin with, where the parameter is.
+
+        (Made before the first step, so that torch's tools find it: they step with dense gradients of zeros
+        to make state that is not there.)
+        """
+        state: dict[str, Tensor] = self.state[parameter]
+        if set(state) != set(update.state_names):
+            if state and bool((state["prev_iter"] != 0).any()):  # another optimizer's
+                raise ValueError(
+                    f"update: got one with {sorted(update.state_names)}, accepted: one with the "
+                    f"state that the parameter has, {sorted(state)}"
+                )
+            state = init_state(update, parameter.shape[0], parameter.shape[1], parameter)
+        elif state["prev_iter"].device != parameter.device:  # the model was moved since
+            state = {name: array.to(parameter.device) for name, array in state.items()}
+        else:
+            return state
+        self.state[parameter] = state
+        return state
 
     @property
     def clock(self) -> int:
@@ -140,13 +163,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
                 if rows is None:
                     continue
-                state = self.state[p] or init_state(update, p.shape[0], p.shape[1], p)
-                if set(state) != set(update.state_names):  # the group was given another optimizer
-                    raise ValueError(
-                        f"update: got one with {sorted(update.state_names)}, accepted: one with the "
-                        f"state that the parameter has, {sorted(state)}"
-                    )
-                self.state[p] = state
+                state = self._state_of(p, update)
                 arrays = [state[n] for n in update.state_names if n != "prev_iter"]
                 prev_iter = state["prev_iter"]
                 steps.append(RowStep(update, p, *rows, arrays, prev_iter, lr, key))
@@ -161,7 +178,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state, param groups, clock and epoch start; policies as plain values."""
+        """Return state and param groups; policies as plain values.
+
+        ``clock`` and ``epoch_start`` stand in each group too, where torch.distributed.checkpoint keeps them.
+        """
         saved = super().state_dict()
         for group in saved["param_groups"]:
             for key, value in group.items():
@@ -169,6 +189,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     group[key] = value.to_dict()
                 elif isinstance(value, Rounding):
                     group[key] = RowUpdate(rounding=value).to_dict()
+            group["clock"], group["epoch_start"] = int(self._clock), int(self._epoch_start)
         saved["clock"] = self._clock.clone()
         saved["epoch_start"] = self._epoch_start.clone()
         return saved
@@ -180,11 +201,15 @@ class SparseOptimizer(torch.optim.Optimizer):
             ValueError: state that does not fit the parameters.
         """
         saved = dict(state_dict)
-        for key in ("clock", "epoch_start"):
-            if key not in saved:
+        if not saved["param_groups"]:
+            raise ValueError("param_groups: got none, accepted: a state_dict of this class")
+        counters = {}
+        for key, low in (("clock", 0), ("epoch_start", 0)):
+            given = saved.pop(key, saved["param_groups"][0].get(key))
+            if given is None:
                 raise ValueError(f"{key}: got none, accepted: a state_dict of this class")
-        clock = integer("clock", saved.pop("clock"), 0, LAST_STEP)
-        epoch_start = integer("epoch_start", saved.pop("epoch_start"), 0, LAST_STEP)
+            counters[key] = integer(key, given, low, LAST_STEP)
+        clock, epoch_start = counters["clock"], counters["epoch_start"]
         saved["param_groups"] = [self._revived(group) for group in saved["param_groups"]]
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -199,13 +224,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         # torch casts state to the parameter's dtype; ours has its own.
         for i, p in zip(ids, params, strict=True):
             if i in saved["state"]:
-                self.state[p] = {n: v.clone() for n, v in saved["state"][i].items()}
+                self.state[p] = {n: v.to(p.device, copy=True) for n, v in saved["state"][i].items()}
         self._clock.fill_(clock)
         self._epoch_start.fill_(epoch_start)
 
     def _revived(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group with its policies as objects again, and its lr checked."""
-        group = dict(group)
+        group = {k: v for k, v in group.items() if k not in ("clock", "epoch_start")}
         missing = sorted(self.defaults.keys() - group.keys())
         if missing:
             raise ValueError(

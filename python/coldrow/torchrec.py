@@ -17,14 +17,14 @@ TorchRec is not a dependency: docs/distributed.md says how to install what this 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coldrow.nn.kernels import Origin
 from coldrow.nn.module import TableBatchedEmbeddingBags
-from coldrow.nn.table import Table
+from coldrow.nn.table import Origin, Table
 from coldrow.policies import (
     Decay,
     LinearClipped,
@@ -144,9 +144,7 @@ def _update_of(params: dict[str, Any]) -> RowUpdate:
 class _Shards(TableBatchedEmbeddingBags):
     """The shards of one group of tables on this rank."""
 
-    def _require_device(self, device: torch.device) -> None:
-        if device.type != "cpu":
-            raise ValueError(f"device: got {str(device)!r}, accepted: 'cpu' (shards live there)")
+    devices = ("cpu",)
 
 
 class _Kernel(nn.Module):
@@ -168,17 +166,31 @@ class _Kernel(nn.Module):
                     "shard it table-wise)"
                 )
         output = params.get("output_dtype", SparseType.FP32)
+        # TorchRec describes tables as slices of one array.
+        sizes = [n * d for n, d in zip(rows, cols, strict=True)]
+        starts = list(itertools.accumulate(sizes, initial=0))[:-1]
+        dtype = data_type_to_dtype(config.data_type)
+        self.weights_host = torch.zeros(sum(sizes), dtype=dtype)
+        self._rows = list(rows)
+        self._weights = [
+            self.weights_host[start : start + n * d].view(n, d)
+            for n, d, start in zip(rows, cols, starts, strict=True)
+        ]
         self.emb = _Shards(
             [
                 Table(
                     str(i),
                     max(n, 1),
                     d,
-                    dtype=data_type_to_dtype(config.data_type),
+                    dtype=dtype,
                     features=[f"{i} {f}" for f in t.feature_names],
                     init=nn.init.zeros_,  # TorchRec initialises
+                    storage=view if n > 0 else None,
+                    origin=Origin(t.name, owner._row_offset[i], owner._col_offset[i]),
                 )
-                for i, (t, n, d) in enumerate(zip(tables, rows, cols, strict=True))
+                for i, (t, n, d, view) in enumerate(
+                    zip(tables, rows, cols, self._weights, strict=True)
+                )
             ],
             update,
             pooling=pooling,  # type: ignore[arg-type]
@@ -187,22 +199,6 @@ class _Kernel(nn.Module):
             output_dtype=output.as_dtype(),
             state_layout="split",
         )
-        self.emb._origins = [
-            Origin(t.name, row, column)
-            for t, row, column in zip(tables, owner._row_offset, owner._col_offset, strict=True)
-        ]
-        # TorchRec describes tables as slices of one array.
-        sizes = [n * d for n, d in zip(rows, cols, strict=True)]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.weights_host = torch.zeros(sum(sizes), dtype=self.emb.tables[0].dtype)
-        self._rows = list(rows)
-        self._weights = []
-        for i, (n, d, start) in enumerate(zip(rows, cols, starts, strict=True)):
-            view = self.weights_host[start : start + n * d].view(n, d)
-            if n > 0:
-                self.emb.weights[str(i)].data = view
-            self._weights.append(view)
-        self.emb._prepare()
         self.weights_physical_offsets = starts
         self.weights_precision = SparseType.from_dtype(self.weights_host.dtype)
         self.embedding_specs = [
@@ -212,8 +208,7 @@ class _Kernel(nn.Module):
 
     def begin(self, clock: Tensor, epoch_start: Tensor) -> None:
         """Take the module's clock before a forward."""
-        self.emb._clock.copy_(clock)
-        self.emb._epoch_start.copy_(epoch_start)
+        self.emb.follow_clock(clock, epoch_start)
 
     def forward(
         self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "python"))  # their helpers, used here too
+sys.path.insert(0, str(Path(__file__).parent.parent / "python" / "functional"))
 
 from cases import DEVICE, SETTING, using
 

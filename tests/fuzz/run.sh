@@ -21,7 +21,7 @@ python_fuzz() { # Another seed each time round, from FUZZ_SEED on if it is set.
   while [ "$SECONDS" -lt "$end" ]; do
     COLDROW_FUZZ_EXAMPLES=100 "$python" -m pytest -x -p no:cacheprovider \
       --hypothesis-seed="$((${FUZZ_SEED:-$RANDOM} + rounds))" \
-      "$here/../python/test_rubbish.py" >"$build/python.log" 2>&1 \
+      "$here/../python/robustness/test_arbitrary_arguments.py" >"$build/python.log" 2>&1 \
       || { cat "$build/python.log"; return 1; }
     rounds=$((rounds + 1))
   done

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import pytest
 import stand_in
 
+# Their assertions say as much as those of a test.
+pytest.register_assert_rewrite(
+    "array_cases", "every_optimizer", "fbgemm_cases", "module_cases", "refusals", "sources"
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stand-in", metavar="FOLDER", help="run through the stand-in for a device")

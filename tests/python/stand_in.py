@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coldrow import _engines
+from coldrow._backends import cuda, registry
+from coldrow._backends.host import HOST
 
 
-class StandIn(_engines.Device):
-    """An engine whose device is the processor."""
+class StandIn(cuda.Cuda):
+    """A backend whose device is the processor."""
 
     torch_type = "cpu"
     dlpack_types = (1,)
@@ -26,7 +27,7 @@ class StandIn(_engines.Device):
 
 
 def load(folder: str | Path) -> StandIn:
-    """Return the engine from the folder where CMake's target ``stand_in`` puts its module."""
+    """Return the backend from the folder where CMake's target ``stand_in`` puts its module."""
     (path,) = Path(folder).glob("_cuda*.so")
     spec = importlib.util.spec_from_file_location("coldrow._cuda", path)
     assert spec is not None
@@ -37,13 +38,17 @@ def load(folder: str | Path) -> StandIn:
 
 
 @contextlib.contextmanager
-def in_use(engine: _engines.Device | None, *, always_sync: bool = False) -> Iterator[None]:
-    """Let tables in the processor's memory be trained by this engine."""
-    before = _engines.device
-    _engines.device = engine
-    if engine is not None:
-        engine.always_sync = always_sync
+def in_use(backend: cuda.Cuda | None, *, always_sync: bool = False) -> Iterator[None]:
+    """Let this backend be the only one beside the processor's; None: as in a build without CUDA.
+
+    The stand-in takes the place of the processor's: tables in its memory are trained by it.
+    """
+    backends = {HOST.torch_type: HOST}
+    if backend is not None:
+        backend.always_sync = always_sync
+        backends[backend.torch_type] = backend
+    before = registry.exchange(backends)
     try:
         yield
     finally:
-        _engines.device = before
+        registry.exchange(before)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coldrow.nn.kernels import Batch, DeviceBatch, counts_of
-
-if TYPE_CHECKING:
-    from coldrow.nn.module import TableBatchedEmbeddingBags
+from coldrow._backends.protocol import DeviceMoment
+from coldrow.nn.table_batch import TableBatch, counts_of
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -23,24 +21,44 @@ def plain(tensor: Tensor) -> Tensor:
 class Ticket:
     """One training forward whose backward has not run. It dies with its autograd graph."""
 
-    __slots__ = ("__weakref__", "used")
+    __slots__ = ("__weakref__", "_left")
 
     def __init__(self) -> None:
-        self.used = False
+        self._left = [True]
+
+    @property
+    def used(self) -> bool:
+        """Whether the forward has had its backward, or was given up."""
+        return not self._left
+
+    def take(self) -> None:
+        """Begin the one backward, or raise where there was one. (Of several threads one succeeds.)"""
+        try:
+            self._left.pop()
+        except IndexError:
+            raise RuntimeError(
+                "this forward has had its backward; a fused module takes one backward per forward, "
+                "which updates the tables. Build it with fused=False to accumulate gradients."
+            ) from None
+
+    def give_back(self) -> None:
+        """Undo :meth:`take`: nothing was written."""
+        self._left.append(True)
 
 
-def check_same_tables(generation: int, module: TableBatchedEmbeddingBags) -> None:
-    """Refuse a backward to tables that are no longer those of the forward."""
-    if generation != module._generation:
-        raise RuntimeError(
-            "the tables were loaded, evicted from, converted or moved between forward and "
-            "backward, so this gradient no longer belongs to them"
-        )
+class Owner(Protocol):
+    """Who owns the tables that are looked up: a module."""
+
+    def current(self, tables: TableBatch) -> TableBatch:
+        """Return the tables as they are trained now, or raise where they are others than these."""
+
+    def stepped(self) -> None:
+        """Take note of a step that was done."""
 
 
-def check_unwritten(versions: tuple[int, ...], module: TableBatchedEmbeddingBags) -> None:
+def require_unwritten(versions: tuple[int, ...], tables: TableBatch) -> None:
     """Refuse a gradient of per_sample_weights that would be computed from other rows than were read."""
-    if versions != module._versions():
+    if versions != tables.versions():
         raise RuntimeError(
             "the tables were written to between forward and backward, so the gradient of "
             "per_sample_weights can no longer be computed"
@@ -48,7 +66,7 @@ def check_unwritten(versions: tuple[int, ...], module: TableBatchedEmbeddingBags
 
 
 # What no gradient flows to, in one argument: for each autograd takes its time.
-Asked = tuple["TableBatchedEmbeddingBags", Ticket | None, Batch | DeviceBatch, Tensor, Tensor]
+Asked = tuple["Owner | None", TableBatch, "Ticket | None", Any, Tensor, Tensor]
 
 
 class FusedLookup(torch.autograd.Function):
@@ -57,12 +75,11 @@ class FusedLookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, weights: Tensor | None, asked: Asked) -> Tensor:
         """Look up; ``anchor`` requires grad so that autograd calls the backward."""
-        module, ctx.ticket, ctx.batch, indices, offsets = asked
-        ctx.module = module
-        ctx.generation = module._generation
-        ctx.versions = None if weights is None else module._versions()
+        ctx.owner, tables, ctx.ticket, moment, indices, offsets = asked
+        ctx.tables, ctx.moment = tables, moment
+        ctx.versions = None if weights is None else tables.versions()
         ctx.save_for_backward(indices, offsets, weights)
-        return module._lookup(ctx.batch, indices, offsets, weights)
+        return tables.lookup(moment, indices, offsets, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,22 +90,26 @@ class FusedLookup(torch.autograd.Function):
 
 def update(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Do the backward of FusedLookup."""
-    module, ticket = ctx.module, ctx.ticket
-    if ticket is not None and ticket.used:
-        raise RuntimeError(
-            "this forward has had its backward; a fused module takes one backward per forward, "
-            "which updates the tables. Build it with fused=False to accumulate gradients."
-        )
-    check_same_tables(ctx.generation, module)
-    indices, offsets, weights = ctx.saved_tensors
-    grad = plain(grad)
-    weights_grad = None
-    if ctx.needs_input_grad[1]:
-        check_unwritten(ctx.versions, module)
-        weights_grad = module._weight_gradients(ctx.batch, indices, offsets, grad)
+    owner, tables, ticket = ctx.owner, ctx.tables, ctx.ticket
     if ticket is not None:
-        ticket.used = True
-        module._update(ctx.batch, indices, offsets, weights, grad)
+        ticket.take()
+    try:
+        if owner is not None:
+            tables = owner.current(tables)
+        indices, offsets, weights = ctx.saved_tensors
+        grad = plain(grad)
+        weights_grad = None
+        if ctx.needs_input_grad[1]:
+            require_unwritten(ctx.versions, tables)
+            weights_grad = tables.weight_gradients(ctx.moment, indices, offsets, grad)
+    except BaseException:
+        if ticket is not None:
+            ticket.give_back()
+        raise
+    if ticket is not None:
+        tables.update(ctx.moment.batch_sizes, indices, offsets, weights, grad)
+        if owner is not None:
+            owner.stepped()
     return None, weights_grad, None
 
 
@@ -99,71 +120,65 @@ class SparseLookup(torch.autograd.Function):
     """Forward: look rows up. Backward: sparse gradients for the tables."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        module: TableBatchedEmbeddingBags,
-        batch: Batch | DeviceBatch,
-        indices: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-        *tables: Tensor,
-    ) -> Tensor:
-        """Look up; ``tables`` are what the gradients will be for."""
-        ctx.module, ctx.batch, ctx.versions = module, batch, module._versions()
+    def forward(ctx: Any, asked: Asked, weights: Tensor | None, *parameters: Tensor) -> Tensor:
+        """Look up; ``parameters`` are what the gradients will be for."""
+        ctx.owner, tables, _, moment, indices, offsets = asked
+        ctx.tables, ctx.moment, ctx.versions = tables, moment, tables.versions()
         ctx.save_for_backward(indices, offsets, weights)
-        return module._lookup(batch, indices, offsets, weights)
+        return tables.lookup(moment, indices, offsets, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of per_sample_weights and of the tables."""
-        module, batch = ctx.module, ctx.batch
-        check_same_tables(ctx.versions[0], module)
+        tables, moment = ctx.tables, ctx.moment
+        if ctx.owner is not None:
+            tables = ctx.owner.current(tables)
         indices, offsets, weights = ctx.saved_tensors
         grad = plain(grad)
         weights_grad = None
-        if ctx.needs_input_grad[4]:
-            check_unwritten(ctx.versions, module)
-            weights_grad = module._weight_gradients(batch, indices, offsets, grad)
-        needed = ctx.needs_input_grad[5:]
-        tables = sparse_gradients(module, batch, indices, offsets, weights, grad, needed)
-        return None, None, None, None, weights_grad, *tables
+        if ctx.needs_input_grad[1]:
+            require_unwritten(ctx.versions, tables)
+            weights_grad = tables.weight_gradients(moment, indices, offsets, grad)
+        needed = ctx.needs_input_grad[2:]
+        gradients = sparse_gradients(tables, moment, indices, offsets, weights, grad, needed)
+        return None, weights_grad, *gradients
 
 
 def sparse_gradients(
-    module: TableBatchedEmbeddingBags,
-    batch: Batch | DeviceBatch,
+    tables: TableBatch,
+    moment: Any,
     indices: Tensor,
     offsets: Tensor,
     weights: Tensor | None,
     grad: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """One gradient row per index, as sparse tensors of each table's shape and dtype."""
-    if isinstance(batch, DeviceBatch):  # sizes are asked of the device, so this waits anyway
-        module.check()
-    dims = [module.tables[t].dim for t in module._feature_tables]
-    count = offsets.numel() - 1
-    sizes = batch.batch_sizes or (count // len(dims),) * len(dims)
-    indices_of = counts_of(offsets, batch.batch_sizes, len(dims))
+    """One gradient row per index, as sparse tensors of the shape of each table, in its gradient dtype."""
+    if isinstance(moment, DeviceMoment):  # sizes are asked of the device, so this waits anyway
+        tables.check()
+    layout = tables.layout
+    dims = layout.dims
+    bags_of = moment.batch_sizes or ((offsets.numel() - 1) // len(dims),) * len(dims)
+    indices_of = counts_of(offsets, moment.batch_sizes, len(dims))
     lengths = offsets.diff()
-    rows: list[list[Tensor]] = [[] for _ in module.tables]
-    values: list[list[Tensor]] = [[] for _ in module.tables]
+    rows: list[list[Tensor]] = [[] for _ in layout.tables]
+    values: list[list[Tensor]] = [[] for _ in layout.tables]
     bag, column, flat, lo = 0, 0, 0, 0
-    for table, size, dim, n in zip(module._feature_tables, sizes, dims, indices_of, strict=True):
+    for table, size, dim, n in zip(layout.features, bags_of, dims, indices_of, strict=True):
         hi = lo + n
-        if module.pooling == "none":
-            value = grad.reshape(-1)[flat : flat + (hi - lo) * dim].view(-1, dim).float()
-            flat += (hi - lo) * dim
+        if layout.pooling == "none":
+            value = grad.reshape(-1)[flat : flat + n * dim].view(-1, dim).float()
+            flat += n * dim
         else:
-            if batch.batch_sizes is None:
+            if moment.batch_sizes is None:
                 pooled = grad[:, column : column + dim]
             else:
                 pooled = grad[flat : flat + size * dim].view(size, dim)
                 flat += size * dim
             length = lengths[bag : bag + size]
             value = pooled.float()
-            if module.pooling == "mean":
+            if layout.pooling == "mean":
                 value = value / length.clamp(min=1).unsqueeze(1)
             value = value.repeat_interleave(length, dim=0, output_size=n)
             if weights is not None:
@@ -173,18 +188,14 @@ def sparse_gradients(
         bag += size
         column += dim
         lo = hi
-    out: list[Tensor | None] = []
-    for table, (row, value_list) in enumerate(zip(rows, values, strict=True)):
-        weight = module._parameters_list[table]
-        if not needed[table]:
-            out.append(None)
-            continue
-        out.append(
-            torch.sparse_coo_tensor(
-                torch.cat(row).unsqueeze(0),
-                torch.cat(value_list).to(getattr(weight, "grad_dtype", None) or weight.dtype),
-                weight.shape,
-                check_invariants=False,
-            )
-        )
-    return out
+    return [
+        _sparse(weight, torch.cat(row), torch.cat(value)) if wanted else None
+        for weight, row, value, wanted in zip(tables.weights, rows, values, needed, strict=True)
+    ]
+
+
+def _sparse(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    dtype = getattr(weight, "grad_dtype", None) or weight.dtype
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0), values.to(dtype), weight.shape, check_invariants=False
+    )

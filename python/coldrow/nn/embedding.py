@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from coldrow._checks import MAX_DIM, MAX_ELEMENTS, integer, one_of, require_dense
 from coldrow.nn.module import TableBatchedEmbeddingBags
+from coldrow.nn.ops import is_traced
 from coldrow.nn.table import Table
 from coldrow.policies import RowUpdate
 
@@ -66,7 +68,7 @@ class _OneTable(nn.Module):
             pooling=pooling,  # type: ignore[arg-type]
             device=device,
             output_dtype=dtype,
-            **options,
+            **{"state_layout": "split", **options},  # what any tool can save as it is
         )
         with torch.no_grad():
             if weight is not None:
@@ -81,14 +83,14 @@ class _OneTable(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, nn.Parameter):  # also: emb.weight += 1
-            self.table.weights._parameters["weight"] = value
+            self.table.weights.replace("weight", value)
         else:
             super().__setattr__(name, value)
 
     @property
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """Live views of the optimizer state, by name."""
-        return self.table.state["weight"]
+        return self.table.state["weight"]  # type: ignore[return-value]
 
     @property
     def lr(self) -> float:
@@ -128,7 +130,7 @@ class _OneTable(nn.Module):
         if self.padding_idx is None:
             return indices, offsets, weights
         count = indices.numel()
-        if not torch.compiler.is_compiling() and bool(((offsets < 0) | (offsets > count)).any()):
+        if not is_traced() and bool(((offsets < 0) | (offsets > count)).any()):
             raise ValueError(f"offsets: got {offsets.tolist()}, accepted: 0 to {count}")
         kept = indices != self.padding_idx
         before = torch.cat(

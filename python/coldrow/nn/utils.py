@@ -70,21 +70,27 @@ def clip_grad_norm_(
 
 
 def ignore_in_ddp(model: nn.Module) -> None:
-    """Tell DistributedDataParallel to leave fused tables alone. Call it before wrapping ``model``.
+    """Tell DistributedDataParallel to leave tables alone. Call it before wrapping ``model``.
 
-    The tables of fused modules get no gradients, and each process trains its own: without this call
-    DistributedDataParallel would still broadcast those of rank 0 when it wraps the model.
+    The tables of fused modules get no gradients, and each process trains its own. Without this call
+    DistributedDataParallel would broadcast those of rank 0 when it wraps the model, and clock and row state
+    (buffers) before each forward.
 
     Args:
         model: what will be wrapped; it may contain any number of coldrow's modules.
     """
+    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     ignored = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, TableBatchedEmbeddingBags) and module.fused
-        for name, _ in module.named_parameters()
+        if isinstance(module, TableBatchedEmbeddingBags)
+        for name in _not_for_ddp(module)
     ]
-    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [*known, *(name for name in ignored if name not in known)]
     )
+
+
+def _not_for_ddp(module: TableBatchedEmbeddingBags) -> list[str]:
+    tables = [name for name, _ in module.named_parameters()] if module.fused else []
+    return [*tables, *(name for name, _ in module.named_buffers())]

@@ -36,61 +36,7 @@ from coldrow.compat.fbgemm.definitions import (
     member,
 )
 from coldrow.compat.fbgemm.state import checkpoint_entries, optimizer_arrays
-from coldrow.nn import Table, TableBatchedEmbeddingBags, ops
-from coldrow.policies import RowUpdate
-
-
-class Tables(TableBatchedEmbeddingBags):
-    """Tables whose features come in any order, and whose hyper-parameters may change.
-
-    Args:
-        tables: as for :class:`coldrow.nn.TableBatchedEmbeddingBags`; their features are replaced.
-        update: one for all tables.
-        feature_table_map: the number of each feature's table.
-        **options: as there.
-    """
-
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        update: RowUpdate,
-        feature_table_map: Sequence[int],
-        **options: Any,
-    ) -> None:
-        names: list[list[str]] = [[] for _ in tables]
-        for feature, table in enumerate(feature_table_map):
-            names[table].append(f"feature_{feature}")
-        super().__init__(
-            [replace(t, features=n) for t, n in zip(tables, names, strict=True)], update, **options
-        )
-        # The base class takes features table by table; FBGEMM's come in the order of the map.
-        self.features = [f"feature_{feature}" for feature in range(len(feature_table_map))]
-        self._feature_tables = list(feature_table_map)
-        self._dims = [tables[t].dim for t in feature_table_map]
-        self._prepare()
-
-    def replace_update(self, update: RowUpdate) -> None:
-        """Train on with another update that needs the same state; lr stays as it was set."""
-        self.update = update
-        self._updates = [update] * len(self.tables)
-        self._compiled = [self._kernels.update_of(update)] * len(self.tables)
-        self._worked_on = None
-        self._spec = ops.spec_of(self)
-
-    @property
-    def clock_tensor(self) -> Tensor:
-        """The clock, live, int64 ``[1]``."""
-        return self._clock.view(1)
-
-    def set_clock(self, step: int) -> None:
-        """Set the clock, also back, though not to before a row's last touch."""
-        step = integer("step", step, 0, LAST_STEP)
-        latest = max(int(p.max()) for p in self._prev_iters) if step < self.clock else 0
-        if step < latest:
-            raise ValueError(
-                f"step: got {step}, accepted: from the last step that touched a row, {latest}"
-            )
-        self._clock.fill_(step)
+from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 
 class ClampedGradient(torch.autograd.Function):
@@ -309,14 +255,19 @@ class SplitTableBatchedEmbeddingBagsCodegen(nn.Module):
                 f"device: got {str(self.current_device)!r}, accepted: where embedding_specs say, "
                 f"{specs[0].compute.name}"
             )
-        self.emb = Tables(
+        # FBGEMM's features come in the order of the map, coldrow's table by table unless told otherwise.
+        features = [f"feature_{feature}" for feature in range(len(self.feature_table_map))]
+        of_table: list[list[str]] = [[] for _ in specs]
+        for feature, table in zip(features, self.feature_table_map, strict=True):
+            of_table[table].append(feature)
+        self.emb = TableBatchedEmbeddingBags(
             [
-                Table(name, spec.rows, spec.dim, dtype=dtype, init=nn.init.zeros_)
-                for name, spec in zip(names, specs, strict=True)
+                Table(name, spec.rows, spec.dim, dtype, looked_up, nn.init.zeros_)
+                for name, spec, looked_up in zip(names, specs, of_table, strict=True)
             ],
             update,
-            self.feature_table_map,
-            pooling=self.pooling_mode.name.lower(),
+            feature_order=features,
+            pooling=self.pooling_mode.name.lower(),  # type: ignore[arg-type]
             charge=charge,
             device=self.current_device,
             output_dtype=out_dtype,
@@ -460,8 +411,7 @@ class SplitTableBatchedEmbeddingBagsCodegen(nn.Module):
 
     def split_embedding_weights(self) -> list[Tensor]:
         """Return the tables, live and writable, ``[rows, dim]`` each."""
-        self.emb._sync()
-        return [weight.detach() for weight in self.emb.weights.values()]
+        return [weight.detach() for weight in self.emb.table_batch.weights]
 
     def split_optimizer_states(self) -> list[list[Tensor]]:
         """Return the state of each table, live and writable, in FBGEMM's order.
@@ -496,7 +446,7 @@ class SplitTableBatchedEmbeddingBagsCodegen(nn.Module):
     @property
     def iter(self) -> Tensor:
         """The clock, live, int64 ``[1]``: backwards done so far (FBGEMM's counts forwards)."""
-        return self.emb.clock_tensor
+        return self.emb.table_batch.counters.clock.view(1)
 
     def init_embedding_weights_uniform(self, min_val: float, max_val: float) -> None:
         """Fill all tables with uniform random numbers."""
@@ -550,7 +500,7 @@ class SplitTableBatchedEmbeddingBagsCodegen(nn.Module):
             self.set_learning_rate(update.optimizer.lr)
         # The update's own lr is the initial one.
         self._settings = replace(settings, learning_rate=self._settings.learning_rate)
-        self.emb.replace_update(self._settings.row_update())
+        self.emb.update = self._settings.row_update()
 
     # --------------------------------------------------------------------------------- checkpoints
 

@@ -185,7 +185,8 @@ def checkpoint_entries(
     for what, given in (("weights", source.weights), ("optimizer_states", states)):
         if len(given) != len(names):
             raise ValueError(f"{what}: got {len(given)} tables, accepted: {len(names)}")
-    entries: dict[str, Any] = dict(emb.state_dict())
+    # (Copies: what is loaded must not share memory with what it is loaded into.)
+    entries: dict[str, Any] = {k: v.clone() for k, v in emb.state_dict().items()}
     entries["clock"] = torch.full_like(entries["clock"], clock)
     for name, weight, state in zip(names, source.weights, states, strict=True):
         if len(state) != len(arrays):
@@ -231,15 +232,16 @@ def _from_state_dict(
         return value
 
     # What is by feature there: take the first feature of each table.
-    features = [emb._feature_tables.index(t) for t in range(len(emb.tables))]
+    features_of = emb.table_batch.layout.features
+    features = [features_of.index(t) for t in range(len(emb.tables))]
     rows = entry("rows_per_table").tolist()
     dims = entry("D_offsets").diff().tolist()
     shapes = [[t.num_rows, t.dim] for t in emb.tables]
     got = [[rows[f], dims[f]] for f in features if f < min(len(rows), len(dims))]
-    if len(rows) != len(emb._feature_tables) or got != shapes:
+    if len(rows) != len(features_of) or got != shapes:
         raise ValueError(
             f"{prefix}rows_per_table, D_offsets: got tables of {got} by {len(rows)} features, accepted: "
-            f"{shapes} by {len(emb._feature_tables)}"
+            f"{shapes} by {len(features_of)}"
         )
 
     def tables(name: str) -> list[Tensor]:

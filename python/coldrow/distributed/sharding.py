@@ -1,0 +1,559 @@
+"""The module: what each rank calls with its own batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from coldrow._backends.protocol import Moment
+from coldrow._checks import integer, number, one_of
+from coldrow.distributed import state_dict
+from coldrow.distributed.exchange import DISAGREE, Ranks, hash64
+from coldrow.distributed.gradients import by_bag, by_row, first_step
+from coldrow.distributed.request import (
+    Placement,
+    Plan,
+    Request,
+    checked_weights,
+    histogram,
+    located,
+    request_of,
+    shard_of,
+)
+from coldrow.nn.autograd import Ticket, plain
+from coldrow.nn.module import TableBatchedEmbeddingBags
+from coldrow.nn.table import Origin, Table
+from coldrow.nn.table_batch import TableBatch, TableLayout, row_numbers
+from coldrow.policies import SGD, RowUpdate
+
+# Rows are initialised in blocks of so many, each with random numbers of its own.
+_BLOCK = 4096
+
+
+class _Lookup(torch.autograd.Function):
+    """Forward: pool the rows that came. Backward: send gradients, update the rows asked of us."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        module: RowShardedEmbeddingBags,
+        ticket: Ticket | None,
+        request: Request,
+        plan: Plan,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Pool; ``anchor`` requires grad so that autograd calls the backward."""
+        borrowed = module.borrowed(plan)
+        out = borrowed.lookup(request.moment, plan.slot, request.offsets, weights)
+        ctx.module, ctx.ticket, ctx.request, ctx.plan = module, ticket, request, plan
+        ctx.tables = module.table_batch
+        ctx.save_for_backward(weights)
+        if not ctx.needs_input_grad[5]:
+            plan.rows, plan.prev_iters = [], []
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Update the tables of all ranks; return the gradient of per_sample_weights."""
+        (weights,) = ctx.saved_tensors
+        grad = plain(grad)
+        weights_grad = None
+        if ctx.needs_input_grad[5]:
+            borrowed, request = ctx.module.borrowed(ctx.plan), ctx.request
+            weights_grad = borrowed.weight_gradients(
+                request.moment, ctx.plan.slot, request.offsets, grad
+            )
+        if ctx.ticket is not None:
+            ctx.module.update_rows(ctx.ticket, ctx.tables, ctx.request, ctx.plan, weights, grad)
+        return None, None, None, None, None, weights_grad
+
+
+class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
+    """:class:`coldrow.nn.TableBatchedEmbeddingBags` with the rows of each table spread over ranks.
+
+    Each rank calls it with its own batch and gets the pooled rows of that batch: arguments, shapes and
+    results are those of the base class, fused. Rank ``k`` of ``W`` owns rows ``k*c`` to ``(k+1)*c`` of a
+    table, ``c = ceil(num_rows / W)`` (:meth:`shard`); ``weights`` and ``state`` are its own rows alone
+    (one row that nothing refers to, where a table has none here).
+
+    Forward, backward, :meth:`read` and saving are collective: all ranks of the group call them, in the
+    same order, with batches that may be empty and of any sizes. The clock advances on all ranks together.
+    What one rank refuses (bad input, a second forward), and ranks that differ in clock, lr, epoch or
+    mode, raise on every rank. A rank that never calls, or dies, is for the process group's timeout.
+
+    A step is that of one process on the joined batch: the gradients of all ranks are summed. Where each
+    rank's loss is a mean over its own batch, as DistributedDataParallel has it, set ``grad_scale`` to the
+    number of ranks. See :func:`ignore_in_ddp` for models wrapped by it.
+
+    ``state_dict()`` holds tables and row state as DTensors, ``Shard(0)``, under the keys of the base
+    class: torch.distributed.checkpoint saves them once and loads them on any number of ranks, or into the
+    base class. ``load_state_dict`` takes such DTensors, or whole tables.
+
+    Args:
+        tables: as for the base class; ``num_rows`` of the whole table. ``init`` is called on blocks of
+            at most 4096 rows, seeded by table and block, so that rows do not depend on the number of
+            ranks.
+        update: as for the base class, with all that follows.
+        process_group: default: the default group.
+        pooling: "sum", "mean" or "none".
+        charge: "touch" or "read".
+        output_dtype: torch.float32, torch.float16 or torch.bfloat16.
+        on_nonfinite: as for the base class. "raise" writes nothing on any rank. ``nonfinite_rows``
+            counts the rows of this rank.
+        state_layout: "record" or "split".
+        sum_gradients: "owner": gradients are sent by bag and summed where the row is, in the order of
+            the joined batch: the bits of one process, on any number of ranks. "sender": each rank sums
+            the gradients of its own lookups of a row first. Fewer bytes where rows repeat; the order of
+            float32 sums, so their last bits, depends on the ranks.
+        seed: of the initial rows; default: rank 0's ``torch.initial_seed()``.
+
+    Attributes:
+        wire_bytes: bytes this rank has sent to others, by purpose: "header", "rows asked",
+            "rows sent", "state sent", "gradients", "status".
+
+    Raises:
+        RuntimeError: if torch.distributed is not initialised.
+        ValueError: if ranks were given different tables or options.
+    """
+
+    devices = ("cpu",)
+    _ranks: Ranks
+    _whole: list[int]  # rows of each whole table
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        update: RowUpdate | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        pooling: Literal["sum", "mean", "none"] = "sum",
+        charge: Literal["touch", "read"] = "touch",
+        output_dtype: torch.dtype = torch.float32,
+        on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        state_layout: Literal["record", "split"] = "record",
+        sum_gradients: Literal["owner", "sender"] = "owner",
+        seed: int | None = None,
+    ) -> None:
+        one_of("sum_gradients", sum_gradients, ("owner", "sender"))
+        if seed is not None:
+            seed = integer("seed", seed, -(2**63), 2**64 - 1)
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed is not initialised: call init_process_group() before building "
+                "RowShardedEmbeddingBags"
+            )
+        group = dist.group.WORLD if process_group is None else process_group
+        assert group is not None
+        if dist.get_rank(group) < 0:
+            raise ValueError("process_group: this process is not in it, accepted: a group it is in")
+        tables = list(tables)
+        if not all(isinstance(t, Table) for t in tables):
+            raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
+        ranks = self.__dict__["_ranks"] = Ranks(group)
+        self.__dict__["_whole"] = [t.num_rows for t in tables]
+        shards = [shard_of(t.num_rows, ranks.world, ranks.rank) for t in tables]
+        super().__init__(
+            # Filled below, when the seed is known. A table has one row at least.
+            [
+                replace(
+                    t,
+                    num_rows=max(len(shard), 1),
+                    init=nn.init.zeros_,
+                    origin=Origin(t.name, shard.start),
+                )
+                for t, shard in zip(tables, shards, strict=True)
+            ],
+            update,
+            pooling=pooling,
+            charge=charge,
+            output_dtype=output_dtype,
+            on_nonfinite=on_nonfinite,
+            state_layout=state_layout,
+        )
+        for own, table in zip(self.tables, tables, strict=True):
+            own.init = table.init
+        self.sum_gradients = sum_gradients
+        self._default_group = process_group is None
+        self._mesh: DeviceMesh | None = None
+        self.register_state_dict_post_hook(_shard_state_dict)
+
+        layouts = self.table_batch.layout.tables
+        described = repr(
+            [
+                (t.name, n, t.dim, t.dtype, t.features, layout.update.to_dict())
+                for t, n, layout in zip(self.tables, self._whole, layouts, strict=True)
+            ]
+            + [pooling, charge, output_dtype, on_nonfinite, sum_gradients]
+        )
+        given = ranks.all_of((described, torch.initial_seed() if seed is None else seed))
+        for r, (theirs, _) in enumerate(given):
+            if theirs != given[0][0]:
+                raise ValueError(
+                    f"tables: rank {r} has {theirs}, accepted: rank 0's, {given[0][0]}"
+                )
+        self.seed = int(given[0][1])
+        for t, (weight, shard) in enumerate(zip(self.weights.values(), shards, strict=True)):
+            if len(shard):
+                weight.data.copy_(self._drawn(t, shard.start, shard.stop))
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.EmbeddingBag | nn.Embedding, update: RowUpdate | None = None, **kwargs: Any
+    ) -> RowShardedEmbeddingBags:
+        """Refuse: build it, then ``load_state_dict`` whole tables."""
+        raise NotImplementedError(
+            "from_torch: accepted: build RowShardedEmbeddingBags, then load_state_dict() with the "
+            "state_dict of TableBatchedEmbeddingBags.from_torch()"
+        )
+
+    def rebind(self) -> None:
+        """Make anew what is derived from tables and state, and from what other ranks have."""
+        super().rebind()
+        tables, ranks = self.table_batch, self._ranks
+        layout, kernels = tables.layout, tables.kernels
+        dtypes = [w.dtype for w in tables.weights]
+        placement = Placement(layout, self._whole, dtypes, ranks.world, ranks.rank)
+        # What the owner of rows does with gradients that came: they are scaled and pooled already.
+        one = torch.ones((), dtype=torch.float64)
+        counters = replace(tables.counters, grad_scale=one)
+        by_table = range(len(layout.tables))
+
+        def of_owner(features: Sequence[int]) -> TableBatch:
+            changed = replace(layout, features=tuple(features), pooling="sum")
+            state = tables.state_by_table
+            return TableBatch(changed, kernels, tables.weights, state, counters)
+
+        # Rows on loan from their owners: those of a group are one table.
+        firsts = [layout.tables[group.tables[0]] for group in placement.groups]
+        groups = tuple(
+            TableLayout(f"group {g}", t.dim, t.update, t.group) for g, t in enumerate(firsts)
+        )
+        features = tuple([placement.group_of[t] for t in layout.features])
+        loan = replace(layout, tables=groups, features=features)
+        sums = tuple([replace(t, update=RowUpdate(SGD(lr=1.0)), group=0) for t in groups])
+        summing = replace(loan, tables=sums, charge="touch", on_nonfinite="propagate")
+        self._placement = placement
+        self._served = of_owner(layout.features)
+        self._served_by_row = of_owner(by_table)
+        loan_counters = replace(tables.counters, groups=loan.groups)
+        self._borrowed = TableBatch(loan, kernels, [], [], loan_counters)
+        self._summing = TableBatch(summing, kernels, [], [], first_step(summing))
+
+    def borrowed(self, plan: Plan) -> TableBatch:
+        """Return the rows that came for a batch as tables, one per group of tables."""
+        counters = self._borrowed.counters
+        return self._borrowed.over(plan.rows, [[p] for p in plan.prev_iters], counters)
+
+    @property
+    def wire_bytes(self) -> Counter[str]:
+        """Bytes this rank has sent to others, by purpose."""
+        return self._ranks.wire_bytes
+
+    # ---------------------------------------------------------------------------------- rows
+
+    def shard(self, name: str) -> range:
+        """Return the rows of a table that this rank owns."""
+        t, placement = self.table_batch.index_of(name), self._placement
+        return range(placement.first[t], placement.first[t] + placement.own[t])
+
+    def _drawn(self, t: int, lo: int, hi: int, salt: int = 0) -> Tensor:
+        """Return rows [lo, hi) as the initialiser makes them, whatever the number of ranks."""
+        table, rows = self.tables[t], self._whole[t]
+        out = torch.empty(hi - lo, table.dim, dtype=table.dtype)
+        with torch.random.fork_rng(devices=[]):
+            for start in range(lo // _BLOCK * _BLOCK, hi, _BLOCK):
+                torch.manual_seed(hash64(self.seed, table.name, start, salt))
+                block = torch.empty(min(_BLOCK, rows - start), table.dim, dtype=table.dtype)
+                table.fill(block)
+                first, last = max(lo, start), min(hi, start + _BLOCK)
+                out[first - lo : last - lo] = block[first - start : last - start]
+        return out
+
+    def cold_rows(self, name: str, min_gap: int) -> Tensor:
+        """Return this rank's rows (int64 ``[n]``, numbered through the whole table) untouched so long."""
+        cold = super().cold_rows(name, min_gap)
+        shard = self.shard(name)
+        return cold[cold < len(shard)] + shard.start
+
+    def evict(self, name: str, rows: Tensor | Sequence[int]) -> None:
+        """Re-initialise rows of this rank and zero their state; not collective.
+
+        Args:
+            name: the table.
+            rows: rows of the whole table, each in :meth:`shard`, as :meth:`cold_rows` returns them.
+        """
+        tables = self.table_batch
+        t, shard = tables.index_of(name), self.shard(name)
+        numbers = row_numbers(rows, shard).long()
+        weight = tables.weights[t].detach()
+        block = numbers // _BLOCK
+        for b in block.unique().tolist():
+            these = numbers[block == b]
+            first, last = int(these.min()), int(these.max()) + 1
+            fresh = self._drawn(t, first, last, self.clock + 1)
+            weight[these - shard.start] = fresh[these - first]
+        for view in self.state[name].values():
+            view[numbers - shard.start] = 0
+        self.rewritten()
+
+    @torch.no_grad()
+    def read(self, name: str, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return rows as a forward would read them now, changing nothing. Collective.
+
+        Args:
+            name: the table, the same on all ranks.
+            rows: int32 or int64 ``[n]``, of the whole table, what each rank likes; default all.
+
+        Returns:
+            ``[n, D]`` of ``output_dtype``.
+        """
+        t = self.table_batch.index_of(name)
+
+        def ask() -> Request:
+            placement = self._placement
+            every = range(placement.whole[t])
+            wanted = row_numbers(every if rows is None else rows, every).long()
+            feature = placement.layout.features.index(t)
+            nothing = torch.zeros(1, dtype=torch.int64)
+            features = torch.full_like(wanted, feature)
+            return located(placement, self._moment(None), wanted, features, [], [], nothing)
+
+        _, plan = self._exchange(f"read {name}", ask, False)
+        return self.borrowed(plan).read(self._placement.group_of[t], plan.slot)
+
+    # ------------------------------------------------------------------------------- exchange
+
+    def _moment(self, sizes: tuple[int, ...] | None) -> Moment:
+        """Return what a lookup in borrowed rows needs to know, now."""
+        lrs = self._borrowed.counters.lr_values()
+        return Moment(sizes, self.clock + 1, self.epoch_start, lrs)
+
+    def _mark(self, what: str) -> int:
+        """What must be the same on all ranks, as a number."""
+        lrs = self.table_batch.counters.lr_values()
+        return hash64(what, self.clock, self.epoch_start, lrs) >> 1
+
+    def _exchange(
+        self, what: str, ask: Callable[[], Request], training: bool
+    ) -> tuple[Request, Plan]:
+        """Ask all ranks for rows and serve theirs, or raise on every rank."""
+        ranks, placement = self._ranks, self._placement
+        world, groups = ranks.world, len(placement.groups)
+        features = len(placement.layout.features)
+        # A header for each rank: whether this rank failed, its mark, and the counts of what follows.
+        # All of one size, whatever each rank is about to do.
+        ends = [2, 2 + groups, 2 + groups + features, 2 + groups + 2 * features]
+        header = torch.zeros(world, ends[-1], dtype=torch.int64)
+        request, error, mark = None, None, 0
+        try:
+            mark = self._mark(what)
+            request = ask()
+            header[:, ends[0] : ends[1]] = request.wanted
+            if training and self.sum_gradients == "owner":
+                order, first, _ = request.pairs(placement.layout.pooling)
+                cell = (request.owner * features + request.feature)[order]
+                header[:, ends[1] : ends[2]] = histogram(cell, world, features)
+                header[:, ends[2] :] = histogram(cell[first], world, features)
+        except Exception as e:
+            error = e
+        header[:, 0] = int(error is not None)
+        header[:, 1] = mark
+        theirs = ranks.send("header", header, [1] * world, [1] * world)
+        if bool(theirs[:, 0].any()):
+            ranks.fail_together(error)
+        assert request is not None
+        if bool((theirs[:, 1] != mark).any()):
+            raise ValueError(DISAGREE)
+
+        asked = request.wanted.tolist()
+        serves = theirs[:, ends[0] : ends[1]].tolist()
+        to, get = [sum(a) for a in asked], [sum(s) for s in serves]
+        local = request.keys % placement.span
+        if placement.span < 2**31:
+            local = local.int()
+        served = ranks.send("rows asked", local, to, get).long()
+
+        rows, prev_iters = [], []
+        slot = request.slot
+        parts = placement.by_group(request.keys % placement.span)
+        if len(parts) > 1:
+            within = torch.empty_like(request.keys)
+            for part in parts:
+                within[part] = torch.arange(len(part))
+            slot = within[slot]
+        tables = self.table_batch
+        weights = [w.detach() for w in tables.weights]
+        for g, (group, part) in enumerate(
+            zip(placement.groups, placement.by_group(served), strict=True)
+        ):
+            give, take = [s[g] for s in serves], [a[g] for a in asked]
+            keys = served[part]
+            stored = placement.gather(group, keys, weights)
+            rows.append(ranks.send("rows sent", stored, give, take))
+            if tables.operands.read:
+                touched = placement.gather(group, keys, tables.operands.prev_iters)
+                prev_iters.append(ranks.send("state sent", touched, give, take))
+        lookups, bags = theirs[:, ends[1] : ends[2]], theirs[:, ends[2] :]
+        return request, Plan(asked, serves, lookups, bags, served, slot, rows, prev_iters)
+
+    # -------------------------------------------------------------------------------- forward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        batch_sizes: Sequence[int] | None = None,
+    ) -> Any:
+        """Look up this rank's batch. Collective.
+
+        Args:
+            indices: int32 or int64 ``[N]``: rows of each feature's whole table, features one after
+                another.
+            offsets: dtype of ``indices``, ``[features * B + 1]``; B is this rank's own and may be 0.
+            per_sample_weights: float ``[N]``, with pooling "sum" only; differentiable. All ranks give
+                them or none does.
+            batch_sizes: bags of each feature, where they differ.
+
+        Returns:
+            The pooled rows of this rank's batch, as the base class.
+
+        Raises:
+            IndexError, TypeError, ValueError, RuntimeError: as the base class, on the rank with the bad
+                input; RuntimeError with its message on the others.
+            ValueError: if the ranks differ in clock, lr, epoch, mode or whether weights are given.
+        """
+        training = torch.is_grad_enabled() and self.training
+        weights: Tensor | None = None
+        ticket: Ticket | None = None
+
+        def ask() -> Request:
+            nonlocal weights, ticket
+            layout = self.table_batch.layout
+            weights = checked_weights(per_sample_weights, indices, layout.pooling)
+            sizes = None if batch_sizes is None else layout.batch_sizes(batch_sizes, offsets)
+            request = request_of(self._placement, self._moment(sizes), indices, offsets)
+            if training:
+                ticket = self.begin_forward()
+            return request
+
+        what = f"{'train' if training else 'look up'}, weights {per_sample_weights is not None}"
+        with torch.no_grad():
+            request, plan = self._exchange(what, ask, training)
+        if training or (torch.is_grad_enabled() and weights is not None and weights.requires_grad):
+            anchor = self.anchor if training else self.anchor.detach()
+            out = _Lookup.apply(anchor, self, ticket, request, plan, weights)
+            self.hold(ticket)
+        else:
+            borrowed = self.borrowed(plan)
+            out = borrowed.lookup(request.moment, plan.slot, request.offsets, weights)
+        layout = self._placement.layout
+        return layout.shaped(out, request.offsets, request.moment.batch_sizes)
+
+    # ------------------------------------------------------------------------------- backward
+
+    def update_rows(
+        self,
+        ticket: Ticket,
+        tables: TableBatch,
+        request: Request,
+        plan: Plan,
+        weights: Tensor | None,
+        grad: Tensor,
+    ) -> None:
+        """Send gradients to the owners of their rows and update the rows owned here. Collective."""
+        ranks, placement = self._ranks, self._placement
+        error: Exception | None = None
+        mark = 0
+        taken = False
+        try:
+            ticket.take()
+            taken = True
+            self.current(tables)
+            tables.counters.next_step()
+            mark = self._mark(f"update, scale {self.grad_scale}")
+            if self.grad_scale != 1.0:
+                grad = grad.float() / number("grad_scale", self.grad_scale, low_open=True)
+        except Exception as e:
+            error = e
+        try:
+            ranks.agree(error, mark)
+        except Exception:
+            if taken:
+                ticket.give_back()
+            raise
+        if self.sum_gradients == "owner":
+            served = self._served
+            arrived = by_bag(ranks, placement, request, plan, weights, grad)
+        else:
+            served = self._served_by_row
+            arrived = by_row(ranks, placement, self._summing, request, plan, weights, grad)
+        batch = (arrived.sizes, arrived.rows, arrived.offsets, arrived.weights, arrived.grad)
+        mode = self.on_nonfinite
+        if mode == "raise":  # nothing is written unless every rank can
+            try:
+                served.update(*batch, on_nonfinite="raise", check_only=True)
+            except ValueError as e:
+                error = e
+            ranks.agree(error)
+            mode = "skip"
+        served.update(*batch, on_nonfinite=mode)
+        self.stepped()
+
+    # ----------------------------------------------------------------------------- checkpoints
+
+    def device_mesh(self) -> DeviceMesh:
+        """Return the ranks as a mesh."""
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self._ranks.group, "cpu")
+        return self._mesh
+
+    @property
+    def placement(self) -> Placement:
+        """Where the rows of all tables are."""
+        return self._placement
+
+    def row_keys(self) -> dict[str, int]:
+        """Return the keys of the state_dict for what has one entry per row, with their tables."""
+        keys = {f"weights.{t.name}": i for i, t in enumerate(self.tables)}
+        for i, table in enumerate(self.tables):
+            keys |= {f"state.{table.name}.{n}": i for n in self.state[table.name]}
+        return keys
+
+    def _load_from_state_dict(self, given: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.unshard(given, prefix, self.row_keys(), self._placement)
+        super()._load_from_state_dict(given, prefix, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._default_group:
+            raise TypeError(
+                "RowShardedEmbeddingBags: accepted for pickling: the default group only"
+            )
+        bound = ("_ranks", "_mesh", "_placement")
+        derived = (*bound, "_served", "_served_by_row", "_borrowed", "_summing")
+        return {k: v for k, v in super().__getstate__().items() if k not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = dist.group.WORLD
+        assert group is not None
+        self.__dict__["_ranks"], self.__dict__["_mesh"] = Ranks(group), None
+        super().__setstate__(state)
+
+
+def _shard_state_dict(
+    module: nn.Module, given: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    assert isinstance(module, RowShardedEmbeddingBags)
+    keys, mesh = module.row_keys(), module.device_mesh()
+    state_dict.shard(given, prefix, keys, module.placement, mesh)
