@@ -1,5 +1,6 @@
 """Where the parts of the installation that other builds need are."""
 
+import sys
 from pathlib import Path
 
 
@@ -15,11 +16,8 @@ def cmake() -> Path:
 
 def _find(name: str) -> Path:
     # An editable installation spreads the package over two folders: its sources, and what was built.
-    import coldrow
-
-    for folder in coldrow.__path__:
+    folders = sys.modules[__name__.rpartition(".")[0]].__path__
+    for folder in folders:
         if (found := Path(folder).resolve() / name).is_dir():
             return found
-    raise FileNotFoundError(
-        f"no folder {name!r} in {', '.join(coldrow.__path__)}: reinstall coldrow"
-    )
+    raise FileNotFoundError(f"no folder {name!r} in {', '.join(folders)}: reinstall coldrow")

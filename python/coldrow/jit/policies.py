@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -13,211 +13,191 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from coldrow._checks import number
-from coldrow.jit.compiler import CompileError, library
+from coldrow.jit import compiler
+from coldrow.jit.compiler import CompileError
+from coldrow.jit.wrapper import wrapped
 from coldrow.policies import Decay, Optimizer, restored_by
 
 _NAME = re.compile(r"[A-Za-z_]\w*(::[A-Za-z_]\w*)*")
 
-_WRAPPER = """\
-#include <{header}>
-#include <limits>
-
-#include "{file}"
-
-namespace {{
-using Policy = ::{name};
-{checks}
-// Whether a field of type T can hold the value. (A float is rounded.)
-template <class T>
-bool holds([[maybe_unused]] double x) {{
-  if constexpr (std::is_integral_v<T>) {{
-    return x >= static_cast<double>(std::numeric_limits<T>::min()) &&
-           x < static_cast<double>(std::numeric_limits<T>::max()) + 1.0 && x == __builtin_trunc(x);
-  }}
-  return true;
-}}
-// Fields from numbers. Returns the number of a field that cannot hold its value, or -1.
-int bind([[maybe_unused]] const double* values, void* policy) {{
-{holds}
-  {make}
-  __builtin_memcpy(policy, &made, sizeof made);
-  return -1;
-}}
-}}  // namespace
-
-#define COLDROW_EXPORT extern "C" __attribute__((visibility("default")))
-COLDROW_EXPORT const int coldrow_policy_size = sizeof(Policy);
-COLDROW_EXPORT int coldrow_bind(const double* values, void* policy) {{ return bind(values, policy); }}
-COLDROW_EXPORT const {functions} coldrow_functions = {functions}::of<Policy>();
-"""
-
-_FIELD = """\
-template <class P>
-concept Has_{f} = requires(P p) {{ p.{f}; }};
-static_assert(Has_{f}<Policy>, "{name} has no field '{f}'");"""
-
-_KINDS = {
-    "decay": (
-        "coldrow/policy/any_decay.hpp",
-        "coldrow::ExternalDecay",
-        'static_assert(coldrow::DecayPolicy<Policy>, "{name}: a decay is a trivially copyable struct '
-        'with float operator()(std::int32_t gap, float lr) const");',
-    ),
-    "optimizer": (
-        "coldrow/host/rows.hpp",
-        "coldrow::host::OptimizerKernels",
-        'static_assert(coldrow::OptimizerPolicy<Policy>, "{name}: an optimizer is a trivially copyable '
-        "struct with scalar_states, vector_states, row() and element(), see "
-        'coldrow/policy/optimizer.hpp");',
-    ),
-}
-
 
 @dataclass(frozen=True)
 class _Source:
-    """A struct in C++ and where it came from."""
+    """A struct in C++, where it came from, and what was compiled of it."""
 
     kind: str
     name: str
     text: str
     path: str | None = field(compare=False)  # of the header it was read from
-
-    @property
-    def file(self) -> str:
-        """The name of the file that the wrapper includes."""
-        return os.path.basename(self.path) if self.path else self.name.replace("::", ".")
+    fields: tuple[str, ...]  # those that are given
+    identity: str  # of what decides its code
+    included: str  # what checkpoints know of files that it includes
+    library: ctypes.CDLL = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, kind: str, name: str, source: str | os.PathLike[str]) -> _Source:
+    def of(
+        cls, kind: str, name: str, source: str | os.PathLike[str], fields: tuple[str, ...]
+    ) -> _Source:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"name: got {name!r}, accepted: the name of a C++ struct")
         if isinstance(source, os.PathLike):
-            path = os.path.abspath(source)
-            with open(path, encoding="utf-8") as file:
-                return cls(kind, name, file.read(), path)
+            path = os.path.abspath(os.fsdecode(source))
+            return cls.read(kind, name, _text(path), path, fields)
         if not isinstance(source, str):
             raise TypeError(
                 f"source: got {source!r}, accepted: C++ as a str, or a path to a header"
             )
-        return cls(kind, name, source, None)
+        return cls.read(kind, name, source, None, fields)
+
+    @classmethod
+    def read(
+        cls, kind: str, name: str, text: str, path: str | None, fields: tuple[str, ...]
+    ) -> _Source:
+        """Compile what was read, or find it compiled."""
+        file = "coldrow_policy.hpp" if path else name.replace("::", ".")
+        try:
+            made = compiler.library(wrapped(kind, name, file, fields), text, file, path, fields)
+        except CompileError as error:
+            raise _explained(name, path or file, error) from None
+        if kind == "optimizer":
+            _check_states(name, made.library)
+        return cls(kind, name, text, path, fields, made.identity, made.included, made.library)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Source.read, (self.kind, self.name, self.text, self.path, self.fields)
+
+    def __deepcopy__(self, memo: Any) -> _Source:
+        return self
 
 
-@functools.lru_cache(maxsize=256)
-def _load(source: _Source, fields: tuple[str, ...]) -> ctypes.CDLL:
-    header, functions, check = _KINDS[source.kind]
-    # Designated initialisers come in the order of the struct's fields. The order in which the source
-    # first names them is that order; where it is not, the compiler says so.
-    code = re.sub(r"//.*?$|/\*.*?\*/", "", source.text, flags=re.DOTALL | re.MULTILINE)
-    code = code[max(0, code.find(f"struct {source.name.rpartition('::')[2]}")) :]
-
-    def place(name: str) -> int:
-        found = re.search(rf"\b{name}\b", code)
-        return found.start() if found else len(code)
-
-    checks = [check.format(name=source.name)]
-    checks += [_FIELD.format(f=f, name=source.name) for f in fields]
-    types = {f: f"std::remove_cvref_t<decltype(Policy::{f})>" for f in fields}
-    holds = "\n".join(
-        f"  if (!holds<{types[f]}>(values[{i}])) return {i};" for i, f in enumerate(fields)
-    )
-    given = ", ".join(
-        f".{f} = static_cast<{types[f]}>(values[{fields.index(f)}])"
-        for f in sorted(fields, key=place)
-    )
-    wrapper = _WRAPPER.format(
-        header=header,
-        file=source.file,
-        name=source.name,
-        checks="\n".join(checks),
-        holds=holds,
-        # (A const object says whether all fields have a default.)
-        make=f"const Policy made{{{given}}};" if fields else "const Policy made;",
-        functions=functions,
-    )
+def _text(path: str) -> str:
     try:
-        return library(wrapper, source.text, source.file, source.path)
-    except CompileError as error:
-        raise _explained(source, str(error)) from None
+        with open(path, encoding="utf-8") as file:
+            return file.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source: got {path!r}, which is no UTF-8 ({error.reason} at byte "
+                         f"{error.start}), accepted: C++ in UTF-8") from None  # fmt: skip
 
 
-def _explained(source: _Source, message: str) -> Exception:
+def _check_states(name: str, library: ctypes.CDLL) -> None:
+    """Refuse names of states that cannot be told apart, or could not be keys of a state_dict."""
+    get = library.coldrow_state_name
+    get.restype = ctypes.c_char_p
+    seen = ["prev_iter"]
+    for i in range(ctypes.c_int.in_dll(library, "coldrow_states").value):
+        given = get(i)
+        text = given.decode("utf-8", "replace") if given is not None else None
+        if text is None or not text.isascii() or not text.isidentifier() or text in seen:
+            others = ", ".join(map(repr, seen))
+            raise ValueError(
+                f"{name}: state_name({i}) is {text!r}, accepted: a C++ name other than {others}"
+            )
+        seen.append(text)
+
+
+def _explained(struct: str, mine: str, error: CompileError) -> Exception:
     """Return what to raise: in our words where they are known, else with the compiler's."""
-    message = message.replace("\u2018", "'").replace("\u2019", "'")
+    if isinstance(error, compiler.MissingFieldsError):
+        return TypeError(f"{struct}: field {error.names[0]!r} has no default and was not given")
+    message = str(error).replace("\u2018", "'").replace("\u2019", "'")
     unknown = re.search(r"has no field '(\w+)'", message)
-    missing = re.search(
-        r"missing initializer for member '(?:\w+::)*(\w+)'|missing field '(\w+)' initializer"
-        r"|does not initialize '[^']*\b(\w+)'",
-        message,
-    )
+    missing = re.search(r"does not initialize '[^']*\b(\w+)'", message)
     # One block per error, with the lines before it that say where from. Those in the user's own
     # lines tell most; else the first is the cause of the rest.
-    error_line = r"^(\S+?):\d+:\d+: (?:fatal )?error"
+    error_line = r"^(.+?):\d+:\d+: (?:fatal )?error"
     starts = [match.start() for match in re.finditer(error_line, message, re.MULTILINE)][1:]
     blocks = [message[i:j] for i, j in itertools.pairwise([0, *starts, len(message)])]
-    mine = source.path or source.file
     own = [b for b in blocks if (at := re.search(error_line, b, re.M)) and at.group(1) == mine]
-    if not own and re.search(rf"'{source.name}'.*does not name a type|no type named", blocks[0]):
-        return CompileError(
-            f"name: got {source.name!r}, accepted: a struct that the source defines"
-        )
+    if not own and re.search(rf"'{struct}'.*does not name a type|no type named", blocks[0]):
+        return CompileError(f"name: got {struct!r}, accepted: a struct that the source defines")
     if not own and unknown:
-        return TypeError(f"{source.name} has no field {unknown.group(1)!r}")
+        return TypeError(f"{struct} has no field {unknown.group(1)!r}")
     if not own and missing:
-        name = next(group for group in missing.groups() if group)
-        return TypeError(f"{source.name}: field {name!r} has no default and was not given")
-    if not own and "default initialization of an object of const type" in message:  # clang
-        return TypeError(f"{source.name}: a field has no default and was not given")
+        which = f"field {missing.group(1)!r}" if missing.group(1) else "a field"
+        return TypeError(f"{struct}: {which} has no default and was not given")
+    clang = "default initialization of an object of const type", "is not initialized"
+    if not own and any(says in message for says in clang):
+        return TypeError(f"{struct}: a field has no default and was not given")
     asserted = re.search(r"static assertion failed[^:]*: (.*)", blocks[0])
-    first = asserted.group(1) if asserted and not own else f"{source.name} does not compile"
+    first = asserted.group(1) if asserted and not own else f"{struct} does not compile"
     return CompileError(first + ". The compiler says:\n" + "".join(own or blocks[:1]).rstrip())
 
 
-def _values(params: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+_Params = tuple[tuple[str, "float | int"], ...]
+
+
+def _values(params: Mapping[str, Any]) -> _Params:
     for name, value in params.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ValueError(f"params: got {name!r}, accepted: names of the struct's fields")
         try:
             finite = math.isfinite(value)
-        except (TypeError, OverflowError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise TypeError(f"{name}: got {value!r}, accepted: a finite number") from None
         if not finite:
             raise ValueError(f"{name}: got {value!r}, accepted: a finite number")
-    return tuple((name, float(value)) for name, value in params.items())
+    return tuple((name, _exact(value)) for name, value in params.items())
+
+
+def _exact(value: Any) -> float | int:
+    """Return a number as a float; as an int where that would be another number."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        return float(value)
+    return whole if float(whole) != whole else float(whole)
+
+
+class _Number(ctypes.Structure):
+    """``Number`` of the wrapper (wrapper.py)."""
+
+    _fields_ = (
+        ("real", ctypes.c_double),
+        ("magnitude", ctypes.c_ulonglong),
+        ("sign", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, value: float | int) -> _Number:
+        if isinstance(value, int) and abs(value) < 2**64:
+            return cls(float(value), abs(value), 1 if value > 0 else -1)
+        return cls(float(value), 0, 0)
 
 
 class _Compiled:
     """What compiled policies have in common."""
 
     source: _Source
-    params: tuple[tuple[str, float], ...]
-
-    def _library(self) -> ctypes.CDLL:
-        return _load(self.source, tuple(name for name, _ in self.params))
+    params: _Params
 
     def _functions(self) -> tuple[int, bytes]:
         """Return the address of the functions and the struct's bytes."""
-        lib = self._library()
+        lib = self.source.library
         policy = ctypes.create_string_buffer(ctypes.c_int.in_dll(lib, "coldrow_policy_size").value)
-        values = (ctypes.c_double * max(1, len(self.params)))(*(v for _, v in self.params))
-        wrong = lib.coldrow_bind(values, policy)
+        given = dict(self.params)
+        values = [_Number.of(given[name]) for name in self.source.fields]
+        wrong = lib.coldrow_bind((_Number * max(1, len(values)))(*values), policy)
         if wrong >= 0:
-            name, value = self.params[wrong]
-            raise ValueError(f"{name}: got {value!r}, accepted: a value that the field can hold")
+            name = self.source.fields[wrong]
+            raise ValueError(
+                f"{name}: got {given[name]!r}, accepted: a value that the field can hold"
+            )
         address = ctypes.addressof(ctypes.c_char.in_dll(lib, "coldrow_functions"))
         return address, policy.raw
 
-    def __getattr__(self, name: str) -> float:
+    def __getattr__(self, name: str) -> float | int:
         if not name.startswith("__"):
             for param, value in self.__dict__.get("params", ()):
                 if param == name:
-                    return float(value)
+                    found: float | int = value
+                    return found
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __repr__(self) -> str:
         values = [f"{name}={value!r}" for name, value in self._repr_values()]
         return f"{self.source.name}({', '.join(values)})"
 
-    def _repr_values(self) -> tuple[tuple[str, float], ...]:
+    def _repr_values(self) -> _Params:
         return self.params
 
     def described(self) -> dict[str, Any]:
@@ -226,6 +206,7 @@ class _Compiled:
             "policy": type(self).__name__,
             "name": self.source.name,
             "source": self.source.text,
+            **({"included": self.source.included} if self.source.included else {}),
             "params": dict(self._repr_values()),
         }
 
@@ -235,7 +216,7 @@ class JitDecay(_Compiled, Decay):
     """A decay made by :func:`coldrow.jit.decay`."""
 
     source: _Source
-    params: tuple[tuple[str, float], ...]
+    params: _Params
 
     def native(self) -> dict[str, Any]:
         """Return the struct's bytes, and where its functions are."""
@@ -252,7 +233,7 @@ class JitOptimizer(_Compiled, Optimizer):
     """An optimizer made by :func:`coldrow.jit.optimizer`."""
 
     source: _Source
-    params: tuple[tuple[str, float], ...]
+    params: _Params
     lr: float = 0.01
 
     def native(self) -> dict[str, Any]:
@@ -264,21 +245,25 @@ class JitOptimizer(_Compiled, Optimizer):
             "optimizer_functions": address,
         }
 
-    def _repr_values(self) -> tuple[tuple[str, float], ...]:
+    def _repr_values(self) -> _Params:
         return (("lr", self.lr), *self.params)
 
 
-# What this process made: the sources that a checkpoint may name.
-_made: dict[tuple[str, str, str], _Source] = {}
+# What this process made: the sources that a checkpoint may name, and the paths they were read from.
+_made: dict[tuple[str, str, str, str], str | None] = {}
 
 _P = TypeVar("_P", bound=_Compiled)
 
 
 def _checked(policy: _P) -> _P:
-    policy._functions()  # compiles; says what is wrong now rather than in the first step
+    policy._functions()  # says what is wrong now rather than in the first step
     source = policy.source
-    _made[source.kind, source.name, source.text] = source
+    _made[source.kind, source.name, source.text, source.included] = source.path
     return policy
+
+
+def _names(values: _Params) -> tuple[str, ...]:
+    return tuple(sorted(name for name, _ in values))
 
 
 def decay(name: str, source: str | os.PathLike[str], **params: float) -> JitDecay:
@@ -300,7 +285,8 @@ def decay(name: str, source: str | os.PathLike[str], **params: float) -> JitDeca
         RuntimeError: if there is no compiler, or ``COLDROW_JIT=off``.
         TypeError, ValueError: a name or value that is not accepted.
     """
-    return _checked(JitDecay(_Source.of("decay", name, source), _values(params)))
+    values = _values(params)
+    return _checked(JitDecay(_Source.of("decay", name, source, _names(values)), values))
 
 
 def optimizer(
@@ -325,8 +311,9 @@ def optimizer(
         RuntimeError: if there is no compiler, or ``COLDROW_JIT=off``.
         TypeError, ValueError: a name or value that is not accepted.
     """
-    made = _Source.of("optimizer", name, source)
-    return _checked(JitOptimizer(made, _values(params), number("lr", lr)))
+    values, rate = _values(params), number("lr", lr)
+    made = _Source.of("optimizer", name, source, _names(values))
+    return _checked(JitOptimizer(made, values, rate))
 
 
 def restored(described: Mapping[str, Any]) -> _Compiled:
@@ -335,17 +322,24 @@ def restored(described: Mapping[str, Any]) -> _Compiled:
     A checkpoint's code is never run on the checkpoint's word.
     """
     kind = "decay" if described["policy"] == "JitDecay" else "optimizer"
-    source = _made.get((kind, described["name"], described["source"]))
-    if source is None:
+    name, text, included = described["name"], described["source"], described.get("included", "")
+    try:
+        path = _made[kind, name, text, included]
+    except KeyError:
         raise ValueError(
-            f"policy: got {described['name']!r}, compiled from source; accepted: call "
+            f"policy: got {name!r}, compiled from source; accepted: call "
             f"coldrow.jit.{kind}() with the same source first (code in a checkpoint is not run)"
-        )
+        ) from None
     params = dict(described["params"])
-    if kind == "decay":
-        return JitDecay(source, _values(params))
-    lr = number("lr", params.pop("lr"))
-    return JitOptimizer(source, _values(params), lr)
+    rate = number("lr", params.pop("lr")) if kind == "optimizer" else 0.0
+    values = _values(params)
+    source = _Source.read(kind, name, text, path, _names(values))
+    if source.included != included:
+        raise ValueError(
+            f"policy: got {name!r}, of which files that {path!r} includes have changed since; accepted: call "
+            f"coldrow.jit.{kind}() again and load a checkpoint of that policy"
+        )
+    return JitDecay(source, values) if kind == "decay" else JitOptimizer(source, values, rate)
 
 
 restored_by("JitDecay", restored)

@@ -81,7 +81,7 @@ def test_instruction_sets_give_the_same_bits():
         for build in _core.builds():
             _core.use_build(build)
             coldrow.policies.compiled.cache_clear()
-            coldrow.jit.policies._load.cache_clear()
+            coldrow.jit.compiler.forget()
             update = coldrow.RowUpdate(
                 optimizer("Copy", ADAGRAD), decay("HalfLife", HALF_LIFE, half_life=7.0)
             )
@@ -89,7 +89,7 @@ def test_instruction_sets_give_the_same_bits():
     finally:
         _core.use_build(before)
         coldrow.policies.compiled.cache_clear()
-        coldrow.jit.policies._load.cache_clear()
+        coldrow.jit.compiler.forget()
     for other in results[1:]:
         assert same_bits(results[0], other)
 

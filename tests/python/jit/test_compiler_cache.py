@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import stat
@@ -25,10 +24,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
-    """A compiler that leaves a line in a file for each time it is called."""
+    """A compiler that leaves a line in a file for each time it compiles (and does not only preprocess)."""
     log, script = tmp_path / "calls", tmp_path / "cxx"
     (real, *_), _ = compiler._compiler(os.environ.get("CXX"))
-    script.write_text(f'#!/bin/sh\necho called >>"{log}"\nexec "{real}" "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -E "*) ;; *) echo called >>"{log}" ;; esac\nexec "{real}" "$@"\n'
+    )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(script))
 
@@ -58,10 +59,11 @@ def test_compiled_once_for_all_processes(own_cache, counted):
     fresh("coldrow.jit.decay('HalfLife', source, half_life=4.0)")  # another value, the same code
     assert counted() == 1
     assert [p.name for p in own_cache.iterdir() if p.name.startswith("building-")] == []
+    assert len([p for p in own_cache.iterdir() if p.is_dir()]) == 1
 
 
 def test_compiled_once_for_all_threads(own_cache, counted):
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: decay("HalfLife", HALF_LIFE, half_life=2.0), range(8)))
     assert len(set(made)) == 1
@@ -76,7 +78,7 @@ def test_flags_and_included_files_count(own_cache, counted, tmp_path):
     )
 
     def factor():
-        coldrow.jit.policies._load.cache_clear()
+        coldrow.jit.compiler.forget()
         coldrow.policies.compiled.cache_clear()
         update = coldrow.policies.compiled(coldrow.RowUpdate(decay=decay("Own", header)))
         return _core.factor(update, 1, 5, 0.1, 0, False)
@@ -91,7 +93,7 @@ def test_flags_and_included_files_count(own_cache, counted, tmp_path):
 
 def test_broken_build_is_built_again(own_cache, counted):
     def build():
-        coldrow.jit.policies._load.cache_clear()
+        coldrow.jit.compiler.forget()
         decay("HalfLife", HALF_LIFE, half_life=2.0)
 
     build()
@@ -99,8 +101,8 @@ def test_broken_build_is_built_again(own_cache, counted):
         library.unlink()
     build()
     assert counted() == 2
-    for record in own_cache.glob("*/record.json"):
-        record.write_text("{")
+    for library in own_cache.glob("*/policy-*.so"):
+        library.rename(library.with_name("other.so"))
     build()
     assert counted() == 3
 
@@ -112,14 +114,23 @@ CLANG = next(
 
 @pytest.mark.skipif(CLANG is None, reason="needs clang++")
 def test_clang(monkeypatch, own_cache):
-    update = coldrow.RowUpdate(
-        optimizer("Copy", ADAGRAD), decay("HalfLife", HALF_LIFE, half_life=7.0)
-    )
-    expected = train(update)
+    def update():
+        return coldrow.RowUpdate(
+            optimizer("Copy", ADAGRAD), decay("HalfLife", HALF_LIFE, half_life=7.0)
+        )
+
+    expected, by_gcc = train(update()), update()
     monkeypatch.setenv("CXX", CLANG)
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     coldrow.policies.compiled.cache_clear()
-    assert same_bits(train(copy.deepcopy(update)), expected)
+    assert update() != by_gcc
+    assert same_bits(train(update()), expected)
+    more = HALF_LIFE.replace("half_life;", "half_life; double scale;").replace(
+        "gap)", "gap * scale)"
+    )
+    with pytest.raises(TypeError, match=r"^HalfLife: a field has no default and was not given"):
+        decay("HalfLife", more, scale=1.0)
+    assert decay("HalfLife", more, scale=1.0, half_life=2.0).scale == 1.0
     with pytest.raises(
         TypeError, match=r"^HalfLife: (field 'half_life'|a field) has no default and was not given"
     ):

@@ -56,14 +56,14 @@ def test_path_that_does_not_exist(tmp_path):
 
 def test_switch(monkeypatch):
     decay("HalfLife", HALF_LIFE, half_life=31.0)
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     monkeypatch.setenv("COLDROW_JIT", "off")
     with pytest.raises(RuntimeError, match=r"^COLDROW_JIT: is off"):
         decay("HalfLife", HALF_LIFE, half_life=31.0)
 
 
 def test_no_compiler(monkeypatch, own_cache):
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         RuntimeError, match=r"^CXX: got 'no-such-compiler' and found no such program"
@@ -79,7 +79,7 @@ def test_import_needs_no_compiler(tmp_path):
 def test_cache_that_others_can_write_to_is_refused(own_cache):
     own_cache.mkdir()
     own_cache.chmod(0o777)
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     with pytest.raises(PermissionError, match="can be written by others"):
         decay("HalfLife", HALF_LIFE, half_life=1.0)
 
@@ -87,6 +87,6 @@ def test_cache_that_others_can_write_to_is_refused(own_cache):
 def test_cache_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("COLDROW_JIT_CACHE", str(tmp_path / "file" / "cache"))
-    coldrow.jit.policies._load.cache_clear()
+    coldrow.jit.compiler.forget()
     with pytest.raises(OSError, match=r"^COLDROW_JIT_CACHE: cannot make"):
         decay("HalfLife", HALF_LIFE, half_life=1.0)
