@@ -54,10 +54,7 @@ int main() {
                     std::fabs(next_epoch - expected) < 1e-6;
   const bool faded = std::fabs(after - (0.9 * next_epoch * before + 0.1 * 0.5)) < 1e-6;
 
-  AnyDecay any;  // one type for all built-in decays
-  any.kind = DecayKind::cumulative_linear;
-  any.cumulative_linear = cumulative;
-  any.epoch_gated = true;
+  const AnyDecay any(cumulative, /*gated=*/true);  // one type for all built-in decays
   RowOfTwo other;
   for (const std::int32_t step : {1, 4, 12, 13}) touch(other, any, step, step < 11 ? 1 : 11);
   std::printf("chosen at run time: %s\n", other == row ? "the same bits" : "other bits");

@@ -27,8 +27,7 @@ double worst_difference(int dim, int steps) {
   table.scalars[0] = {momentum1.data()};
 
   const CumulativeLinear decay{0.003};
-  reference::Update dense_update{{value_of(1e-6f), value_of(0.9f)}, {}, false};
-  dense_update.decay.alpha = 0.003;
+  const reference::Update dense_update{RowwiseRMSprop{1e-6f, 0.9f}, decay, false};
   DenseTable dense(weight, dim);
 
   const Feature feature{0, dim, 0, kBatch, 0, kBatch, 0, 0, dim};

@@ -31,15 +31,16 @@ struct DenseTable {
       }
       double factor = 1.0;
       if (since[r] >= 0) {
-        factor -= std::fmin(1.0, update.decay.alpha * static_cast<double>(since[r]));
+        factor -= std::fmin(1.0, update.decay.fields["alpha"] * static_cast<double>(since[r]));
       }
       double multiplier = 0.0;
       if (in_batch) {
         double mean_square = 0.0;
         for (const double x : g) mean_square += x * x / static_cast<double>(dim);
         double& v = momentum1[r];
-        v = update.optimizer.beta1 * v + (1.0 - update.optimizer.beta1) * mean_square;
-        multiplier = lr / (std::sqrt(v) + update.optimizer.eps);
+        v = update.optimizer.fields["ema_beta"] * v +
+            (1.0 - update.optimizer.fields["ema_beta"]) * mean_square;
+        multiplier = lr / (std::sqrt(v) + update.optimizer.fields["eps"]);
       }
       for (std::size_t d = 0; d < g.size(); ++d) {
         double& w = weight[r * g.size() + d];

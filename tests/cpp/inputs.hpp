@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <coldrow/coldrow.hpp>
 #include <coldrow/reference.hpp>
@@ -199,54 +200,25 @@ inline std::vector<DecayCase> decay_cases() {
     CumulativeLinear::fill_table(1e-3, out.data());
     return out;
   }();
-  std::vector<DecayCase> out(8);
-  out[0].name = "none";
-
-  out[1].name = "linear_clipped";
-  out[1].policy.kind = DecayKind::linear_clipped;
-  out[1].policy.linear_clipped = {0.125f, 0.25f};
-  out[1].expected.alpha = 0.125;
-  out[1].expected.min_shrinkage = 0.25;
-
-  out[2].name = "cumulative_linear_product";
-  out[2].policy.kind = DecayKind::cumulative_linear;
-  out[2].policy.cumulative_linear = {1e-3};
-  out[2].expected.alpha = 1e-3;
-
-  out[3].name = "cumulative_linear_table";
-  out[3].policy.kind = DecayKind::cumulative_linear;
-  out[3].policy.cumulative_linear = {1e-3, table.data(), static_cast<std::int32_t>(table.size())};
-  out[3].expected.alpha = 1e-3;
-
-  out[4].name = "exponential_weight_decay";
-  out[4].policy.kind = DecayKind::exponential;
-  out[4].policy.exponential = {0.5};
-  out[4].expected.weight_decay = 0.5;
-
-  out[5].name = "exponential_half_life";
-  out[5].policy.kind = DecayKind::exponential;
-  out[5].policy.exponential = {0.0, 20.0};
-  out[5].expected.half_life = 20.0;
-
-  out[6].name = "constant";
-  out[6].policy.kind = DecayKind::constant;
-  out[6].policy.constant = {0.5f};
-  out[6].expected.weight_decay = 0.5;
-
-  out[7].name = "epoch_reset";
-  out[7].policy.kind = DecayKind::epoch_reset;
-
-  const std::size_t plain = out.size() - 1;  // epoch_reset is a gate already
-  for (std::size_t i = 0; i < plain; ++i) {
-    DecayCase gated = out[i];
-    gated.name += "_gated";
-    gated.policy.epoch_gated = true;
-    out.push_back(gated);
-  }
-  for (DecayCase& c : out) {
-    c.expected.kind = c.policy.kind;
-    c.expected.epoch_gated = c.policy.epoch_gated;
-  }
+  const CumulativeLinear by_table{1e-3, table.data(), static_cast<std::int32_t>(table.size())};
+  std::vector<DecayCase> out;
+  const auto add = [&](const char* name, const auto& decay) {
+    out.push_back({name, decay, decay});
+    using Decay = std::remove_cvref_t<decltype(decay)>;
+    if (std::same_as<Decay, EpochReset>) return;  // a gate already
+    out.push_back({name + std::string("_gated"), {decay, true}, {decay, true}});
+  };
+  add("none", NoDecay{});
+  add("linear_clipped", LinearClipped{0.125f, 0.25f});
+  add("cumulative_linear_product", CumulativeLinear{1e-3});
+  add("cumulative_linear_table", by_table);
+  add("exponential_weight_decay", Exponential{0.5});
+  add("exponential_half_life", Exponential{0.0, 20.0});
+  add("constant", Constant{0.5f});
+  add("epoch_reset", EpochReset{});
+  // Those without a gate first.
+  std::stable_partition(out.begin(), out.end(),
+                        [](const DecayCase& c) { return !c.policy.epoch_gated; });
   return out;
 }
 

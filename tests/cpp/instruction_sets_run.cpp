@@ -22,11 +22,13 @@ void train_with(const Training& t, const Optimizer& optimizer, const Rounding& r
   for (int i = 0; i < Optimizer::vector_states; ++i) table.vectors[i] = t.vectors[i];
   AnyDecay decay;
   for (std::int32_t step = 1; step <= 40; ++step) {
-    decay.kind = static_cast<DecayKind>(step % 6);
-    decay.linear_clipped = {0.3f, 0.1f};
-    decay.cumulative_linear = {0.01};
-    decay.exponential = {0.7};
-    decay.constant = {0.7f};
+    const AnyDecay decays[] = {NoDecay{},
+                               LinearClipped{0.3f, 0.1f},
+                               CumulativeLinear{0.01},
+                               Exponential{0.7},
+                               Constant{0.7f},
+                               EpochReset{}};
+    decay = decays[step % 6];
     const auto update = RowUpdate<W, float, Optimizer, AnyDecay, Rounding>::at(
         step, 0.05, optimizer, decay, rounding, step % 2 == 0, step > 20 ? 20 : 0);
     for (std::int64_t r = 0; r < t.rows; ++r) {

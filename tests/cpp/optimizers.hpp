@@ -38,29 +38,6 @@ O optimizer_of() {
   return out;
 }
 
-// The reference's. eps and beta as the policy has them, so that their own rounding is no difference.
-inline reference::Optimizer expected_of(const SGD&) {
-  return {0.0, 0.0, 0.0, reference::OptimizerKind::sgd};
-}
-inline reference::Optimizer expected_of(const RowwiseRMSprop& o) {
-  return {value_of(o.eps), value_of(o.ema_beta), 0.0, reference::OptimizerKind::rowwise_rmsprop};
-}
-inline reference::Optimizer expected_of(const RowwiseAdagrad& o) {
-  return {value_of(o.eps), 0.0, 0.0, reference::OptimizerKind::rowwise_adagrad};
-}
-inline reference::Optimizer expected_of(const Adagrad& o) {
-  return {value_of(o.eps), 0.0, 0.0, reference::OptimizerKind::adagrad};
-}
-template <BiasCorrection Bias>
-reference::Optimizer expected_of(const Adam<Bias>& o) {
-  return {o.eps, o.beta1, o.beta2, reference::OptimizerKind::adam, Bias == BiasCorrection::row};
-}
-template <BiasCorrection Bias>
-reference::Optimizer expected_of(const PartialRowwiseAdam<Bias>& o) {
-  return {o.eps, o.beta1, o.beta2, reference::OptimizerKind::partial_rowwise_adam,
-          Bias == BiasCorrection::row};
-}
-
 template <OptimizerPolicy O>
 constexpr bool expects_touches() {
   return std::same_as<O, AdamByTouches> || std::same_as<O, PartialAdamByTouches>;
@@ -69,10 +46,7 @@ constexpr bool expects_touches() {
 struct OptimizerName {
   template <class O>
   static std::string GetName(int) {
-    const reference::Optimizer o = expected_of(O{});
-    constexpr const char* names[] = {"SGD",     "RowwiseRMSprop", "RowwiseAdagrad",
-                                     "Adagrad", "Adam",           "PartialRowwiseAdam"};
-    return names[static_cast<int>(o.kind)] + std::string(o.count_touches ? "ByTouches" : "");
+    return O::name;
   }
 };
 

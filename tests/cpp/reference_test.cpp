@@ -9,9 +9,7 @@ namespace coldrow_test {
 namespace {
 
 TEST(Reference, OneStepByHand) {
-  reference::Update update{{0.0, 0.75}, {}, false};
-  update.decay.kind = DecayKind::linear_clipped;
-  update.decay.alpha = 0.25;
+  const reference::Update update{RowwiseRMSprop{0.0f, 0.75f}, LinearClipped{0.25f, 0.0f}, false};
   std::vector<double> weight = {1.0, 2.0, 10.0, 20.0}, momentum1 = {0.0, 20.0};
   std::vector<std::int64_t> prev_iter = {0, 3};
   // Row 1 twice: its gradients sum to (6, 2), mean square 20, v' = 0.75 * 20 + 0.25 * 20 = 20.
@@ -29,9 +27,7 @@ TEST(Reference, OneStepByHand) {
 }
 
 TEST(Reference, DecaysByHand) {
-  reference::Decay decay;
-  decay.kind = DecayKind::cumulative_linear;
-  decay.alpha = 0.25;
+  reference::Decay decay = CumulativeLinear{0.25};
   EXPECT_EQ(decay(1, 1, 1.0, 0), 1.0);
   EXPECT_EQ(decay(2, 1, 1.0, 0), 0.75);
   EXPECT_EQ(decay(3, 1, 1.0, 0), 0.375);
@@ -41,7 +37,7 @@ TEST(Reference, DecaysByHand) {
   EXPECT_EQ(decay(3, 5, 1.0, 5), 1.0);
   EXPECT_EQ(decay(3, 4, 1.0, 0), 1.0);  // no epoch was declared
   EXPECT_EQ(decay(1, 0, 1.0, 5), 1.0);  // never touched
-  decay.kind = DecayKind::epoch_reset;
+  decay = EpochReset{};
   EXPECT_EQ(decay(0, 4, 1.0, 5), 0.0);
   EXPECT_EQ(decay(3, 5, 1.0, 5), 1.0);
 }
@@ -55,9 +51,8 @@ struct ByHand {
   std::vector<std::int64_t> prev_iter = {0};
 
   ByHand(const reference::Optimizer& optimizer, bool decay_state = false) {
-    reference::Update update{optimizer, {}, decay_state};
-    update.decay.kind = DecayKind::exponential;  // half of everything at step 3
-    update.decay.half_life = 2.0;
+    // Half of everything at step 3.
+    const reference::Update update{optimizer, Exponential{0.0, 2.0}, decay_state};
     const std::vector<std::vector<double>> grads = {{3.0, 4.0}, {-1.0, 1.0}};
     const std::int64_t index = 0;
     for (const std::int64_t step : {1, 3}) {
@@ -74,15 +69,11 @@ struct ByHand {
   }
 };
 
-using Kind = reference::OptimizerKind;
-
-TEST(ReferenceOptimizers, SGD) {
-  ByHand({9.0, 9.0, 9.0, Kind::sgd}).expect_weight(0.5 * -1.0, 0.5 * 1.0);
-}
+TEST(ReferenceOptimizers, SGD) { ByHand(SGD{}).expect_weight(0.5 * -1.0, 0.5 * 1.0); }
 
 TEST(ReferenceOptimizers, RowwiseRMSprop) {
   for (const bool fade : {false, true}) {
-    const ByHand run({0.25, 0.75, 9.0, Kind::rowwise_rmsprop}, fade);
+    const ByHand run(RowwiseRMSprop{0.25f, 0.75f}, fade);
     const double v = 0.75 * (fade ? 0.5 : 1.0) * (0.25 * 12.5) + 0.25 * 1.0;
     EXPECT_DOUBLE_EQ(run.momentum1[0], v);
     EXPECT_EQ(run.momentum1[1], 0.0);
@@ -93,7 +84,7 @@ TEST(ReferenceOptimizers, RowwiseRMSprop) {
 
 TEST(ReferenceOptimizers, RowwiseAdagrad) {
   for (const bool fade : {false, true}) {
-    const ByHand run({0.25, 9.0, 9.0, Kind::rowwise_adagrad}, fade);
+    const ByHand run(RowwiseAdagrad{0.25f}, fade);
     const double v = (fade ? 6.25 : 12.5) + 1.0;
     EXPECT_DOUBLE_EQ(run.momentum1[0], v);
     const double amount = 0.5 / (std::sqrt(v) + 0.25);
@@ -103,7 +94,7 @@ TEST(ReferenceOptimizers, RowwiseAdagrad) {
 
 TEST(ReferenceOptimizers, Adagrad) {
   for (const bool fade : {false, true}) {
-    const ByHand run({0.25, 9.0, 9.0, Kind::adagrad}, fade);
+    const ByHand run(Adagrad{0.25f}, fade);
     const double v0 = (fade ? 4.5 : 9.0) + 1.0, v1 = (fade ? 8.0 : 16.0) + 1.0;
     EXPECT_EQ(run.momentum1, (std::vector<double>{v0, v1}));
     run.expect_weight(-0.5 / (std::sqrt(v0) + 0.25), 0.5 / (std::sqrt(v1) + 0.25));
@@ -114,7 +105,10 @@ TEST(ReferenceOptimizers, Adagrad) {
 TEST(ReferenceOptimizers, Adam) {
   for (const bool fade : {false, true}) {
     for (const bool by_touches : {false, true}) {
-      const ByHand run({0.25, 0.5, 0.75, Kind::adam, by_touches}, fade);
+      const ByHand run(by_touches
+                           ? reference::Optimizer(Adam<BiasCorrection::row>{0.25, 0.5, 0.75})
+                           : reference::Optimizer(Adam<BiasCorrection::clock>{0.25, 0.5, 0.75}),
+                       fade);
       const double f = fade ? 0.5 : 1.0;
       const double m0 = 0.5 * f * 1.5 - 0.5, m1 = 0.5 * f * 2.0 + 0.5;
       const double v0 = 0.75 * f * 2.25 + 0.25, v1 = 0.75 * f * 4.0 + 0.25;
@@ -132,7 +126,11 @@ TEST(ReferenceOptimizers, Adam) {
 TEST(ReferenceOptimizers, PartialRowwiseAdam) {
   for (const bool fade : {false, true}) {
     for (const bool by_touches : {false, true}) {
-      const ByHand run({0.25, 0.5, 0.75, Kind::partial_rowwise_adam, by_touches}, fade);
+      const ByHand run(
+          by_touches
+              ? reference::Optimizer(PartialRowwiseAdam<BiasCorrection::row>{0.25, 0.5, 0.75})
+              : reference::Optimizer(PartialRowwiseAdam<BiasCorrection::clock>{0.25, 0.5, 0.75}),
+          fade);
       const double f = fade ? 0.5 : 1.0;
       const double m0 = 0.5 * f * 1.5 - 0.5, m1 = 0.5 * f * 2.0 + 0.5;
       const double v = 0.75 * f * 3.125 + 0.25;
@@ -152,9 +150,7 @@ TEST(ReferenceOptimizers, PartialRowwiseAdam) {
 TEST(Reference, LazyDecayIsTheDenseLoop) {
   Random random(1);
   constexpr std::int64_t kRows = 6, kDim = 3;
-  reference::Update update{{1e-8, 0.9}, {}, false};
-  update.decay.kind = DecayKind::cumulative_linear;
-  update.decay.alpha = 0.01;
+  const reference::Update update{RowwiseRMSprop{1e-8f, 0.9f}, CumulativeLinear{0.01}, false};
   constexpr double kLr = 0.05;
 
   DenseTable dense(random.numbers<float>(kRows * kDim), kDim);

@@ -3,9 +3,13 @@
 
 #include <cmath>
 #include <coldrow/numeric/convert.hpp>
-#include <coldrow/policy/decay.hpp>
+#include <coldrow/policy/any_decay.hpp>
+#include <coldrow/policy/builtin.hpp>
 #include <coldrow/reference.hpp>
+#include <cstring>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../../bindings/kernels.hpp"
@@ -44,41 +48,43 @@ class Array {
 struct Format {
   int precision, min_exponent, max_exponent;
 };
-inline Format format_of(DType type) {
+inline Format format_of(NumericType type) {
   switch (type) {
-    case DType::f16:
+    case NumericType::float16:
       return {11, -14, 15};
-    case DType::bf16:
+    case NumericType::bfloat16:
       return {8, -126, 127};
-    case DType::f32:
+    case NumericType::float32:
       break;
   }
   return {24, -126, 127};
 }
-inline std::size_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
+inline std::size_t bytes_of(NumericType type) {
+  return static_cast<std::size_t>(coldrow::size_of(type));
+}
 
 // The distance between neighbours of x.
-inline double spacing(DType type, double x) {
+inline double spacing(NumericType type, double x) {
   const Format f = format_of(type);
   const int exponent = x == 0.0 || !std::isfinite(x) ? f.min_exponent : std::ilogb(x);
   return std::ldexp(1.0, std::max(exponent, f.min_exponent) - (f.precision - 1));
 }
-inline double get(const Array& a, DType type, std::int64_t i) {
+inline double get(const Array& a, NumericType type, std::int64_t i) {
   switch (type) {
-    case DType::f16:
+    case NumericType::float16:
       return static_cast<double>(coldrow::Convert<coldrow::half>::widen(a.as<coldrow::half>()[i]));
-    case DType::bf16:
+    case NumericType::bfloat16:
       return static_cast<double>(
           coldrow::Convert<coldrow::bfloat16>::widen(a.as<coldrow::bfloat16>()[i]));
-    case DType::f32:
+    case NumericType::float32:
       break;
   }
   return static_cast<double>(a.as<float>()[i]);
 }
-inline void put(Array& a, DType type, std::int64_t i, float x) {
-  if (type == DType::f16) {
+inline void put(Array& a, NumericType type, std::int64_t i, float x) {
+  if (type == NumericType::float16) {
     a.as<coldrow::half>()[i] = coldrow::Convert<coldrow::half>::nearest(x);
-  } else if (type == DType::bf16) {
+  } else if (type == NumericType::bfloat16) {
     a.as<coldrow::bfloat16>()[i] = coldrow::Convert<coldrow::bfloat16>::nearest(x);
   } else {
     a.as<float>()[i] = x;
@@ -95,16 +101,21 @@ struct Memory {
 };
 
 struct TableCase {
-  TableArgs args{};                                      // its pointers are set by point_to()
+  AnyTable args{};                                       // its pointers are set by point_to()
   std::int64_t rows;                                     // that have memory; args.rows may say more
   std::int64_t record, prev_at, scalar_at[kMaxScalars];  // in words of 4 bytes
   bool backward;  // the record array is passed from its end, with negative strides
   int scalars = 0, vectors = 0;
+  const char* state_names[kMaxScalars + kMaxVectors] = {};
   coldrow::reference::Update expected;
   std::vector<float> decay_table;
+  std::shared_ptr<void> optimizer;
+  std::shared_ptr<coldrow::AnyDecay> decay;
+  coldrow::Stochastic rounding;  // what is read of it with Nearest: nothing
   Memory memory;
 
   void point_to(Memory& m) {
+    args.update.rounding = &rounding;
     auto* words = m.by_row.as<std::int32_t>();
     const std::int64_t stride = backward ? -record : record;
     if (backward && rows > 0) words += (rows - 1) * record;
@@ -123,10 +134,10 @@ struct TableCase {
 
 struct Case {
   std::vector<TableCase> tables;
-  std::vector<FeatureArgs> features;
-  BatchArgs batch{};
+  std::vector<Feature> features;
+  AnyBatch batch{};
   Array indices, offsets, per_sample_weights, grad;
-  DType grad_type, out_type;
+  NumericType grad_type, out_type;
   std::int64_t out_elements = 0;
   bool wild = false;  // numbers of any bits, so that only invariants can be asked for
   bool read = false;
@@ -160,61 +171,78 @@ struct Case {
   }
 };
 
-// Whether the first element-wise state is an average of gradients, not of their squares.
-inline bool has_signed_moment(OptimizerKind kind) { return kind >= OptimizerKind::adam; }
+// A policy's struct, and the same in float64; fields are values that float32 holds, so that both are the same.
+template <class List>
+std::shared_ptr<void> make_policy(int number, const std::map<std::string, double>& values) {
+  return coldrow::with_type_at<List>(number, [&](auto one) -> std::shared_ptr<void> {
+    auto policy = std::make_shared<typename decltype(one)::type>();
+    for (const auto& [field, value] : values) coldrow::set_field(*policy, field.c_str(), value);
+    return policy;
+  });
+}
 
 inline void choose_update(Bytes& in, TableCase& t) {
-  using Kind = coldrow::reference::OptimizerKind;
-  UpdateArgs& u = t.args.update;
+  AnyUpdate& u = t.args.update;
   coldrow::reference::Update& e = t.expected;
-  // Values that float32 holds, so that the reference is told the same.
-  const auto kind = static_cast<OptimizerKind>(in.from(0, 7));
-  u.optimizer = kind;
-  u.eps = in.one_of({0x1p-27, 0x1p-10, 0.25, 0x1p-60});
-  u.beta1 = in.one_of({0.0, 0.5, 0.75, 0.984375});
-  u.beta2 = in.one_of({0.5, 0.875, 0.984375, 0.0});
-  static constexpr Kind kinds[] = {
-      Kind::sgd,  Kind::rowwise_rmsprop,      Kind::rowwise_adagrad,     Kind::adagrad, Kind::adam,
-      Kind::adam, Kind::partial_rowwise_adam, Kind::partial_rowwise_adam};
-  e.optimizer = {u.eps, u.beta1, u.beta2, kinds[static_cast<int>(kind)],
-                 kind == OptimizerKind::adam_by_touches ||
-                     kind == OptimizerKind::partial_rowwise_adam_by_touches};
+  u.optimizer_number = static_cast<std::int32_t>(in.from(0, coldrow::BuiltinOptimizers::size - 1));
+  std::map<std::string, double> fields;
+  fields["eps"] = in.one_of({0x1p-27, 0x1p-10, 0.25, 0x1p-60});
+  fields["ema_beta"] = fields["beta1"] = in.one_of({0.0, 0.5, 0.75, 0.984375});
+  fields["beta2"] = in.one_of({0.5, 0.875, 0.984375, 0.0});
+  t.optimizer = make_policy<coldrow::BuiltinOptimizers>(u.optimizer_number, fields);
+  u.optimizer = t.optimizer.get();
+  coldrow::with_type_at<coldrow::BuiltinOptimizers>(u.optimizer_number, [&](auto one) {
+    using Optimizer = typename decltype(one)::type;
+    e.optimizer = *static_cast<const Optimizer*>(u.optimizer);
+    t.scalars = Optimizer::scalar_states;
+    t.vectors = Optimizer::vector_states;
+    for (int i = 0; i < t.scalars + t.vectors; ++i) {
+      t.state_names[i] = coldrow::state_name<Optimizer>(i);
+    }
+  });
 
-  const auto decay = static_cast<DecayName>(in.from(0, 5));
-  u.decay = decay;
-  u.epoch_gated = in.flag();
+  const auto decay = static_cast<int>(in.from(0, coldrow::BuiltinDecays::size - 1));
+  const bool gated = in.flag();
   const auto number = [&](std::initializer_list<float> of) {
     return static_cast<double>(in.one_of(of));
   };
-  u.alpha = number({0.0f, 1e-9f, 1e-7f, 1e-3f, 0.0625f, 1.0f, 15.0f, 1e30f});
-  u.min_shrinkage = number({0.0f, 0.125f, 1.0f});
-  u.weight_decay = number({0.0f, 1e-8f, 0.25f, 1.0f, 60.0f, 1e30f});
-  u.half_life = number({0.0f, 0.5f, 20.0f, 1e9f, 1e-30f});
-  u.decay_state = in.flag();
-  u.rounding = in.flag() ? RoundingKind::stochastic : RoundingKind::nearest;
-  u.seed = in.raw<std::uint32_t>();
-  e.decay = {static_cast<coldrow::DecayKind>(decay),
-             u.epoch_gated,
-             u.alpha,
-             u.min_shrinkage,
-             u.weight_decay,
-             u.half_life};
-  e.decay_state = u.decay_state;
-  const std::int32_t size =
-      decay == DecayName::cumulative_linear ? coldrow::CumulativeLinear::table_size(u.alpha) : 0;
-  if (size > 0) {
-    t.decay_table.resize(static_cast<std::size_t>(size));
-    coldrow::CumulativeLinear::fill_table(u.alpha, t.decay_table.data());
-    u.decay_table = t.decay_table.data();
-    u.decay_table_size = size;
-  }
+  fields["alpha"] = number({0.0f, 1e-9f, 1e-7f, 1e-3f, 0.0625f, 1.0f, 15.0f, 1e30f});
+  fields["min_shrinkage"] = number({0.0f, 0.125f, 1.0f});
+  fields["weight_decay"] = number({0.0f, 1e-8f, 0.25f, 1.0f, 60.0f, 1e30f});
+  fields["half_life"] = number({0.0f, 0.5f, 20.0f, 1e9f, 1e-30f});
+  const std::shared_ptr<void> made = make_policy<coldrow::BuiltinDecays>(decay, fields);
+  coldrow::with_type_at<coldrow::BuiltinDecays>(decay, [&](auto one) {
+    using Decay = typename decltype(one)::type;
+    auto& policy = *static_cast<Decay*>(made.get());
+    e.decay = {policy, gated};
+    if constexpr (coldrow::DecayByTable<Decay>) {
+      if (const std::int32_t size = Decay::table_size(policy.alpha); size > 0) {
+        t.decay_table.resize(static_cast<std::size_t>(size));
+        Decay::fill_table(policy.alpha, t.decay_table.data());
+        policy.table = t.decay_table.data();
+        policy.size = size;
+      }
+    }
+    t.decay = std::make_shared<coldrow::AnyDecay>(policy, gated);
+  });
+  u.decay = t.decay.get();
+  e.decay_state = u.decay_state = in.flag();
+  u.rounding_number = in.flag() ? coldrow::BuiltinRoundings::number<coldrow::Stochastic>
+                                : coldrow::BuiltinRoundings::number<coldrow::Nearest>;
+  t.rounding.seed = in.raw<std::uint32_t>();
   t.args.lr = number({0.0f, 0.02f, 0.3f, 1.0f});
+}
+
+// Whether the first element-wise state is an average of gradients, not of their squares.
+inline bool has_signed_moment(const TableCase& t) {
+  return t.vectors > 0 && std::strcmp(t.state_names[t.scalars], "momentum1") == 0 &&
+         t.args.update.optimizer_number != coldrow::BuiltinOptimizers::number<coldrow::Adagrad>;
 }
 
 inline void Case::add_table(Bytes& in) {
   TableCase t;
   t.args.name = "t";
-  t.args.dtype = static_cast<DType>(in.from(0, 2));
+  t.args.dtype = static_cast<NumericType>(in.from(0, 2));
   t.rows = in.flag() ? in.from(1, 5) : in.from(1, 40);
   t.args.dim = static_cast<std::int32_t>(in.flag() ? in.from(1, 40) : in.from(1, 200));
   t.args.rows = t.rows;
@@ -225,9 +253,6 @@ inline void Case::add_table(Bytes& in) {
   t.args.col_offset = in.one_of<std::int64_t>({0, 5, 64});
   choose_update(in, t);
 
-  const StateArgs state = (*available_kernels())->state(t.args.update);
-  t.scalars = state.scalar_states;
-  t.vectors = state.vector_states;
   t.record = 1 + t.scalars + in.from(0, 2);
   t.prev_at = in.flag() ? t.record - 1 : 0;
   for (int s = 0; s < t.scalars; ++s) t.scalar_at[s] = s + (t.prev_at == 0 ? 1 : 0);
@@ -246,7 +271,7 @@ inline void Case::add_table(Bytes& in) {
     const auto at = static_cast<std::int64_t>(i);
     put(t.memory.weight, t.args.dtype, at, some[(i * 7 + i / 16) % 16]);
     for (int v = 0; v < t.vectors; ++v) {
-      const bool signed_moment = v == 0 && has_signed_moment(t.args.update.optimizer);
+      const bool signed_moment = v == 0 && has_signed_moment(t);
       const float x = some[(i * 5 + 3) % 16];
       t.args.vectors[v][i] = wild || signed_moment ? x : std::fabs(x);
     }
@@ -254,7 +279,7 @@ inline void Case::add_table(Bytes& in) {
   for (std::int64_t r = 0; r < t.rows; ++r) {
     for (int s = 0; s < t.scalars; ++s) {
       const float x = some[(static_cast<std::size_t>(r) + 2) % 16];
-      const bool touches = std::strcmp(state.names[s], "touches") == 0;
+      const bool touches = std::strcmp(t.state_names[s], "touches") == 0;
       t.args.scalars[s][r * t.args.scalar_strides[s]] = wild      ? x
                                                         : touches ? std::floor(std::fabs(x) * 20.0f)
                                                                   : std::fabs(x);
@@ -276,7 +301,7 @@ inline void Case::add_batch(Bytes& in) {
   std::vector<float> weight;
   std::int64_t total_dim = 0;
   for (std::int64_t f = 0; f < count; ++f) {
-    FeatureArgs feature{};
+    Feature feature{};
     feature.table =
         functional ? 0 : static_cast<std::int32_t>(in.raw<std::uint8_t>() % tables.size());
     const TableCase& table = tables[static_cast<std::size_t>(feature.table)];
@@ -304,9 +329,9 @@ inline void Case::add_batch(Bytes& in) {
   batch.bags = static_cast<std::int64_t>(offset.size()) - 1;
   batch.positions = static_cast<std::int64_t>(index.size());
   bool equal = batch.pooled && in.flag();
-  for (const FeatureArgs& f : features) equal = equal && f.bags == features[0].bags;
+  for (const Feature& f : features) equal = equal && f.bags == features[0].bags;
   std::int64_t column = 0, flat = 0;
-  for (FeatureArgs& f : features) {
+  for (Feature& f : features) {
     f.first_row = batch.pooled ? f.first_bag : f.first_position;
     f.out_offset = equal ? column : flat;  // side by side, or feature after feature
     f.out_stride = equal ? total_dim : f.dim;
@@ -343,8 +368,8 @@ inline Case::Case(Bytes& in) {
   check_step = in.flag();
   check_only = in.from(0, 7) == 0;
   threads = static_cast<int>(in.from(1, 6));
-  grad_type = static_cast<DType>(in.from(0, 2));
-  out_type = static_cast<DType>(in.from(0, 2));
+  grad_type = static_cast<NumericType>(in.from(0, 2));
+  out_type = static_cast<NumericType>(in.from(0, 2));
   // 2^31 is a read after the last step.
   batch.step = in.one_of<std::int64_t>({1, 2, 5, 1000, 16777217, INT32_MAX, INT32_MAX, 0});
   if (batch.step == 0) batch.step = 1 + (in.raw<std::uint32_t>() >> 1) % INT32_MAX;

@@ -15,7 +15,7 @@ using namespace coldrow_module;
 
 struct Given {
   std::vector<std::int64_t> offsets, indices, rows;
-  std::vector<FeatureArgs> features;
+  std::vector<Feature> features;
 };
 
 // A few values anywhere become what the bytes say.
@@ -37,7 +37,7 @@ Given decode(Bytes& in, bool functional) {
   const std::int64_t features = functional ? 1 : in.from(0, 4);
   g.offsets.push_back(0);
   for (std::int64_t f = 0; f < features; ++f) {
-    FeatureArgs feature{};
+    Feature feature{};
     feature.table = static_cast<std::int32_t>(in.raw<std::uint8_t>() % g.rows.size());
     feature.dim = 1;
     feature.first_bag = static_cast<std::int64_t>(g.offsets.size()) - 1;
@@ -61,29 +61,30 @@ Given decode(Bytes& in, bool functional) {
   return g;
 }
 
-Problem expected(const Given& g, bool functional) {
+BatchProblem expected(const Given& g, bool functional) {
   const auto& o = g.offsets;
   const auto positions = static_cast<std::int64_t>(g.indices.size());
   if (!functional) {
-    if (o[0] != 0) return {Problem::offsets_start, 0, o[0], -1};
+    if (o[0] != 0) return {BatchProblem::offsets_start, 0, o[0], -1};
     for (std::size_t b = 1; b < o.size(); ++b) {
       if (o[b] < o[b - 1])
-        return {Problem::offsets_decrease, static_cast<std::int64_t>(b), o[b], -1};
+        return {BatchProblem::offsets_decrease, static_cast<std::int64_t>(b), o[b], -1};
     }
     if (o.back() != positions) {
-      return {Problem::offsets_end, static_cast<std::int64_t>(o.size()) - 1, o.back(), -1};
+      return {BatchProblem::offsets_end, static_cast<std::int64_t>(o.size()) - 1, o.back(), -1};
     }
   }
   for (std::size_t f = 0; f < g.features.size(); ++f) {
-    const FeatureArgs& feature = g.features[f];
+    const Feature& feature = g.features[f];
     const std::int64_t rows = g.rows[static_cast<std::size_t>(feature.table)];
     for (std::int64_t p = o[static_cast<std::size_t>(feature.first_bag)];
          p < o[static_cast<std::size_t>(feature.first_bag + feature.bags)]; ++p) {
       const std::int64_t i = g.indices[static_cast<std::size_t>(p)];
-      if (i < 0 || i >= rows) return {Problem::index_range, p, i, static_cast<std::int32_t>(f)};
+      if (i < 0 || i >= rows)
+        return {BatchProblem::index_range, p, i, static_cast<std::int32_t>(f)};
     }
   }
-  return {Problem::none, -1, 0, -1};
+  return {BatchProblem::none, -1, 0, -1};
 }
 
 template <class Index>
@@ -95,15 +96,15 @@ void check(Bytes& in, bool functional) {
     return to;
   };
   const auto indices = exact(g.indices), offsets = exact(g.offsets);
-  std::vector<TableArgs> tables;
+  std::vector<AnyTable> tables;
   for (const std::int64_t rows : g.rows) {
-    TableArgs t{};
+    AnyTable t{};
     t.rows = rows;
     t.dim = 1;
     tables.push_back(t);
   }
-  std::vector<FeatureArgs> features = g.features;
-  BatchArgs b{};
+  std::vector<Feature> features = g.features;
+  AnyBatch b{};
   b.tables = tables.data();
   b.num_tables = static_cast<std::int32_t>(tables.size());
   b.features = features.data();
@@ -114,9 +115,9 @@ void check(Bytes& in, bool functional) {
   b.bags = static_cast<std::int64_t>(g.offsets.size()) - 1;
   b.positions = static_cast<std::int64_t>(g.indices.size());
   b.threads = 1;
-  const Problem want = expected(g, functional);
+  const BatchProblem want = expected(g, functional);
   for (auto k = available_kernels(); *k != nullptr; ++k) {
-    const Problem got = (*k)->check_batch(b);
+    const BatchProblem got = (*k)->check_batch(b);
     if (got.kind != want.kind || got.position != want.position || got.value != want.value ||
         got.feature != want.feature) {
       std::fprintf(stderr, "%s found %d at %ld (%ld, feature %d), expected %d at %ld (%ld, %d)\n",

@@ -32,21 +32,22 @@ struct Result {
 
 Result run(Case& c, const Kernels& k, int threads) {
   Result r;
-  std::vector<TableArgs> args;
+  std::vector<AnyTable> args;
   for (TableCase& t : c.tables) r.after.push_back(t.memory);
   for (std::size_t t = 0; t < c.tables.size(); ++t) {
     c.tables[t].point_to(r.after[t]);
     args.push_back(c.tables[t].args);
+    args.back().update.optimizer_functions = k.optimizer(args.back().update.optimizer_number);
   }
-  std::vector<FeatureArgs> features = c.features;
-  BatchArgs b = c.batch;
+  std::vector<Feature> features = c.features;
+  AnyBatch b = c.batch;
   b.tables = args.data();
   b.num_tables = static_cast<std::int32_t>(args.size());
   b.features = features.data();
   b.num_features = static_cast<std::int32_t>(features.size());
   b.threads = threads;
-  const Problem problem = k.check_batch(b);
-  REQUIRE(problem.kind == Problem::none, "problem %d at %ld", problem.kind,
+  const BatchProblem problem = k.check_batch(b);
+  REQUIRE(problem.kind == BatchProblem::none, "problem %d at %ld", problem.kind,
           static_cast<long>(problem.position));
   const auto with_workspace = [](std::size_t bytes, const auto& f) {
     void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
@@ -72,7 +73,7 @@ Result run(Case& c, const Kernels& k, int threads) {
 // ------------------------------------------------------------------------------------------- same bits
 
 // NaNs count as one: which of two a sum keeps is the compiler's choice.
-bool same_numbers(const Array& a, const Array& b, DType type) {
+bool same_numbers(const Array& a, const Array& b, NumericType type) {
   const auto n = static_cast<std::int64_t>(a.size() / bytes_of(type));
   if (a.size() != b.size()) return false;
   if (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size()) == 0) return true;
@@ -87,13 +88,13 @@ bool same_numbers(const Array& a, const Array& b, DType type) {
 
 void expect_same(const Case& c, const Result& a, const Result& b, const char* how) {
   REQUIRE(same_numbers(a.out, b.out, c.out_type), "lookup, %s", how);
-  REQUIRE(same_numbers(a.weight_gradients, b.weight_gradients, DType::f32), "%s", how);
+  REQUIRE(same_numbers(a.weight_gradients, b.weight_gradients, NumericType::float32), "%s", how);
   for (std::size_t t = 0; t < c.tables.size(); ++t) {
     const Memory &x = a.after[t], &y = b.after[t];
     REQUIRE(same_numbers(x.weight, y.weight, c.tables[t].args.dtype), "weights, %s", how);
-    REQUIRE(same_numbers(x.by_row, y.by_row, DType::f32), "rows' state, %s", how);
+    REQUIRE(same_numbers(x.by_row, y.by_row, NumericType::float32), "rows' state, %s", how);
     for (std::size_t v = 0; v < x.vectors.size(); ++v) {
-      REQUIRE(same_numbers(x.vectors[v], y.vectors[v], DType::f32), "state, %s", how);
+      REQUIRE(same_numbers(x.vectors[v], y.vectors[v], NumericType::float32), "state, %s", how);
     }
   }
   REQUIRE(a.report.refused == b.report.refused &&
@@ -130,7 +131,7 @@ std::int32_t prev_iter(TableCase& t, Memory& m, std::int64_t row) {
 
 std::vector<std::set<std::int64_t>> touched_rows(const Case& c) {
   std::vector<std::set<std::int64_t>> rows(c.tables.size());
-  for (const FeatureArgs& f : c.features) {
+  for (const Feature& f : c.features) {
     for (std::int64_t p = f.first_position; p < f.first_position + f.positions; ++p) {
       rows[static_cast<std::size_t>(f.table)].insert(c.index(p));
     }
@@ -203,7 +204,7 @@ void expect_written(Case& c, Result& r) {
 // For each position: the output row's first element, and what the row is multiplied by.
 template <class F>
 void for_lookups(const Case& c, const F& f) {
-  for (const FeatureArgs& feature : c.features) {
+  for (const Feature& feature : c.features) {
     const auto one = [&](std::int64_t p, std::int64_t out_row, std::int64_t length) {
       double scale = 1.0;
       if (c.batch.mean) scale = 1.0 / static_cast<double>(length);
@@ -220,7 +221,7 @@ void for_lookups(const Case& c, const F& f) {
   }
 }
 
-double read_factor(Case& c, const FeatureArgs& f, std::int64_t row) {
+double read_factor(Case& c, const Feature& f, std::int64_t row) {
   if (!c.read) return 1.0;
   TableCase& t = c.tables[static_cast<std::size_t>(f.table)];
   return coldrow::reference::read_factor(t.expected, prev_iter(t, t.memory, row), c.batch.step,
@@ -230,7 +231,7 @@ double read_factor(Case& c, const FeatureArgs& f, std::int64_t row) {
 void expect_lookup(Case& c, const Result& r) {
   const auto n = static_cast<std::size_t>(c.out_elements);
   std::vector<double> want(n), size(n), terms(n);
-  for_lookups(c, [&](const FeatureArgs& f, std::int64_t p, std::int64_t at, double scale) {
+  for_lookups(c, [&](const Feature& f, std::int64_t p, std::int64_t at, double scale) {
     const TableCase& t = c.tables[static_cast<std::size_t>(f.table)];
     const double factor = read_factor(c, f, c.index(p));
     double dot = 0.0, most = 0.0;
@@ -270,15 +271,14 @@ struct Table64 {
     for (std::int64_t r = 0; r < t.rows; ++r) {
       prev_iter.push_back(t.args.prev_iter[r * t.args.prev_iter_stride]);
     }
-    const StateArgs names = (*available_kernels())->state(t.args.update);
     for (int s = 0; s < t.scalars; ++s) {
       for (std::int64_t r = 0; r < t.rows; ++r) {
-        named(names.names[s]).push_back(t.args.scalars[s][r * t.args.scalar_strides[s]]);
+        named(t.state_names[s]).push_back(t.args.scalars[s][r * t.args.scalar_strides[s]]);
       }
     }
     for (int v = 0; v < t.vectors; ++v) {
       const float* from = t.args.vectors[v];
-      named(names.names[t.scalars + v]).assign(from, from + t.rows * t.args.dim);
+      named(t.state_names[t.scalars + v]).assign(from, from + t.rows * t.args.dim);
     }
     t.point_to(t.memory);
   }
@@ -299,7 +299,7 @@ void expect_update(Case& c, Result& r, std::size_t which) {
   const std::int64_t dim = t.args.dim;
   std::vector<std::int64_t> rows;
   std::vector<double> grad;
-  for_lookups(c, [&](const FeatureArgs& f, std::int64_t p, std::int64_t at, double scale) {
+  for_lookups(c, [&](const Feature& f, std::int64_t p, std::int64_t at, double scale) {
     if (static_cast<std::size_t>(f.table) != which) return;
     std::size_t i = 0;
     while (i < rows.size() && rows[i] != c.index(p)) ++i;
@@ -354,11 +354,14 @@ void expect_update(Case& c, Result& r, std::size_t which) {
       double error = (1.5 * of_state + kRound * (10.0 + 1.5 * faded)) * std::fabs(size.weight[i]);
       error += kRound * (std::fabs(w) + 5.0 * std::fabs(before.weight[i])) + kTiny;
       const Format format = format_of(t.args.dtype);
-      if (t.args.dtype != DType::f32) {
+      if (t.args.dtype != NumericType::float32) {
         if (std::fabs(w) + error > std::ldexp(1.9, format.max_exponent))
           continue;  // perhaps infinite
         const double unit = spacing(t.args.dtype, std::fabs(w) + error);
-        error += t.args.update.rounding == RoundingKind::stochastic ? unit : unit / 2.0;
+        error +=
+            t.args.update.rounding_number == coldrow::BuiltinRoundings::number<coldrow::Stochastic>
+                ? unit
+                : unit / 2.0;
       }
       near("weight", got.weight[i], w, error);
     }
@@ -386,8 +389,8 @@ void expect_factor(const Case& c, Bytes& in) {
     const double error = std::max({want > 1e-4 ? 2e-6 * want : 1e-9, 5.0 * kRound});
     REQUIRE(std::fabs(static_cast<double>(base) - want) <= error,
             "factor %g, expected %g: decay %d, gated %d, prev_iter %d, step %d, epoch %d, read %d",
-            static_cast<double>(base), want, static_cast<int>(t.args.update.decay),
-            t.args.update.epoch_gated, prev, step, c.batch.epoch_start, read);
+            static_cast<double>(base), want, t.decay->number, t.decay->epoch_gated, prev, step,
+            c.batch.epoch_start, read);
   }
 }
 

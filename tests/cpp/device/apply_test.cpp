@@ -85,12 +85,7 @@ void equals_host(const BatchSpec& spec, const Optimizer& optimizer, const AnyDec
   }
 }
 
-AnyDecay linear() {
-  AnyDecay d;
-  d.kind = DecayKind::linear_clipped;
-  d.linear_clipped = {0.125f, 0.25f};
-  return d;
-}
+AnyDecay linear() { return LinearClipped{0.125f, 0.25f}; }
 
 TEST(DeviceApply, EveryWidth) {
   for (const int dim : {1,  2,  3,  4,  5,  7,  8,   9,   12,  15,  16,  17,  24,  31,  32,  33, 40,
@@ -309,8 +304,7 @@ void follow_reference(const BatchSpec& spec, const DecayCase& decay, bool decay_
   using Update = RowUpdate<W, float, RowwiseRMSprop, AnyDecay, Nearest>;
   Random random(5);
   auto tables = test_tables<W, RowwiseRMSprop>(spec, random);
-  const reference::Update expected{
-      {value_of(kRmsprop.eps), value_of(kRmsprop.ema_beta)}, decay.expected, decay_state};
+  const reference::Update expected{kRmsprop, decay.expected, decay_state};
   for (const std::int32_t number : {1, 2, 40}) {
     StepSpec step;
     step.step = number;
@@ -438,7 +432,7 @@ TEST(DeviceApply, OffsetsBeyond32Bits) {
   device::begin_batch(queue, &d.report, true);
   device::check_batch(queue, d.batch, d.layout, &d.report, kMachine);
   const auto sorted = device::segment(queue, d.batch, d.layout, d.extent, segments, &d.report);
-  const device::Gradient gradient{grad.data(), device::NumericType::float32};
+  const device::Gradient gradient{grad.data(), NumericType::float32};
   device::apply(queue, device::TableGroup<Update>{&table, &by_table, &update, 1}, d.layout,
                 d.extent, gradient, sorted, segments.runs, space, device::Pass::update, &d.report);
   ASSERT_EQ(d.report.found, device::kNothing);
@@ -462,7 +456,7 @@ TEST(DeviceApply, OffsetsBeyond32Bits) {
   const VirtualMemory<float> out(kFar + 10 * kDim);
   std::vector<std::int32_t> first_block(2);
   device::lookup<half, device::ReadStored>(queue, {&by_table, 1}, d.batch, d.layout, nullptr,
-                                           &d.report, out.data(), device::NumericType::float32, 0,
+                                           &d.report, out.data(), NumericType::float32, 0,
                                            first_block.data(), kMachine);
   for (std::int64_t i = 0; i < 10; ++i) {
     const std::int64_t r = batch.indices[static_cast<std::size_t>(i)];

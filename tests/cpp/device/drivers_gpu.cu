@@ -234,7 +234,7 @@ class Training {
     const Spaces s = spaces(b, memory.data());
     device::Queue queue(stream);
     const device::Layout layout = layout_of(b);
-    const device::Gradient gradient{grad.data(), type_of<G>()};
+    const device::Gradient gradient{grad.data(), kNumericType<G>};
     device::Report* const r = report.data();
     device::begin_batch(queue, r, true);
     device::check_batch(queue, b.batch, layout, r, s.extent.machine);
@@ -268,12 +268,12 @@ class Training {
     device::prepare_reads(queue, {{clock.data()}, {epoch_start.data()}}, reads_.data(), count_,
                           read_steps_.data(), r);
     const auto put = [&]<class Read>(const Read* reads) {
-      device::lookup<W>(queue, group, b.batch, layout, reads, r, out.data(), type_of<Out>(),
+      device::lookup<W>(queue, group, b.batch, layout, reads, r, out.data(), kNumericType<Out>,
                         b.out_size, first_block.data(), machine);
       if (grad == nullptr) return;
       device::weight_gradients<W>(queue, group, b.batch, layout, reads, r, grad->data(),
-                                  device::NumericType::float32, weight_gradient->data(),
-                                  first_block.data(), machine);
+                                  NumericType::float32, weight_gradient->data(), first_block.data(),
+                                  machine);
     };
     if (read) {
       put(static_cast<const device::ReadStep<AnyDecay>*>(read_steps_.data()));
@@ -344,12 +344,7 @@ class Training {
 
 // ------------------------------------------------------------------------------------------- input
 
-AnyDecay linear() {
-  AnyDecay d;
-  d.kind = DecayKind::linear_clipped;
-  d.linear_clipped = {0.125f, 0.25f};
-  return d;
-}
+AnyDecay linear() { return LinearClipped{0.125f, 0.25f}; }
 const RowwiseRMSprop kRmsprop{1e-6f, 0.75f};
 
 // Two tables of two features each, widths of all kinds, bags of all lengths; a table of three rows,
@@ -965,7 +960,7 @@ void far_rows() {
     const DeviceArray<unsigned char> memory(take(device::Workspace(nullptr)));
     take(device::Workspace(memory.data()));
     device::Queue queue(nullptr);
-    const device::Gradient g{gradient.data(), device::NumericType::float32};
+    const device::Gradient g{gradient.data(), NumericType::float32};
     device::Report* const report = training.report.data();
     device::begin_batch(queue, report, true);
     device::check_batch(queue, b.batch, layout, report, extent.machine);

@@ -45,7 +45,7 @@ struct Forward {
     const AtPageEnd<Out> guarded(out);
     for (const auto& group : groups) {
       device::lookup<W>(queue, group, d.batch, d.layout, reads.data(), &d.report, guarded.data(),
-                        type_of<Out>(), test.out_size, first_block.data(), kMachine);
+                        kNumericType<Out>, test.out_size, first_block.data(), kMachine);
     }
     if (!out.empty()) {
       std::memcpy(static_cast<void*>(out.data()), guarded.data(), out.size() * sizeof(Out));
@@ -56,7 +56,7 @@ struct Forward {
       const AtPageEnd<float> to(weight_gradient);
       for (const auto& group : groups) {
         device::weight_gradients<W>(queue, group, d.batch, d.layout, reads.data(), &d.report,
-                                    g.data(), type_of<G>(), to.data(), first_block.data(),
+                                    g.data(), kNumericType<G>, to.data(), first_block.data(),
                                     kMachine);
       }
       if (test.positions() > 0) {

@@ -162,7 +162,7 @@ std::int64_t device_update(std::vector<TestTable<W, Optimizer>>& tables, const G
                           updates, &d.report);
   const device::Entries sorted =
       device::segment(queue, d.batch, d.layout, d.extent, segments, &d.report);
-  const device::Gradient gradient{grad, type_of<G>()};
+  const device::Gradient gradient{grad, kNumericType<G>};
   device::sum_long_runs(queue, d.layout, d.extent, gradient, sorted, segments.runs, space,
                         &d.report);
   const device::TableGroup<Update> group{views.data(), numbers.data(), updates, count};

@@ -7,13 +7,6 @@
 
 namespace coldrow_test {
 
-template <Numeric T>
-constexpr device::NumericType type_of() {
-  if constexpr (std::same_as<T, half>) return device::NumericType::float16;
-  if constexpr (std::same_as<T, coldrow::bfloat16>) return device::NumericType::bfloat16;
-  return device::NumericType::float32;
-}
-
 template <class Index>
 device::Integers integers(const std::vector<Index>& x) {
   return {x.data(), sizeof(Index) == 8};

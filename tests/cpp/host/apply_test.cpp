@@ -98,8 +98,7 @@ void follow_reference(const BatchSpec& spec, const DecayCase& decay, bool decay_
   Random random(1);
   std::vector<OwnedTable<W>> tables = tables_of<W>(spec, random);
   const RowwiseRMSprop optimizer{1e-6f, 0.75f};
-  const reference::Update expected{
-      {value_of(optimizer.eps), value_of(optimizer.ema_beta)}, decay.expected, decay_state};
+  const reference::Update expected{optimizer, decay.expected, decay_state};
 
   for (const std::int32_t step : {1, 2, 40, 1000}) {
     const std::int32_t epoch_start = step >= 40 ? 40 : 0;

@@ -74,45 +74,39 @@ void expect_same_gated_and_not(AnyDecay any, const Policy& policy) {
 TEST(AnyDecay, DefaultIsNoDecay) { expect_same_gated_and_not(AnyDecay{}, NoDecay{}); }
 
 TEST(AnyDecay, LinearClipped) {
-  AnyDecay any;
-  any.kind = DecayKind::linear_clipped;
-  any.linear_clipped = {1e-3f, 0.1f};
-  expect_same_gated_and_not(any, LinearClipped{1e-3f, 0.1f});
+  expect_same_gated_and_not(LinearClipped{1e-3f, 0.1f}, LinearClipped{1e-3f, 0.1f});
 }
 
 TEST(AnyDecay, CumulativeLinear) {
   std::vector<float> table(static_cast<std::size_t>(CumulativeLinear::table_size(1e-3)));
   CumulativeLinear::fill_table(1e-3, table.data());
-  AnyDecay any;
-  any.kind = DecayKind::cumulative_linear;
   for (const CumulativeLinear& policy :
        {CumulativeLinear{1e-3}, CumulativeLinear{1e-9},
         CumulativeLinear{1e-3, table.data(), static_cast<std::int32_t>(table.size())}}) {
-    any.cumulative_linear = policy;
-    expect_same_gated_and_not(any, policy);
+    expect_same_gated_and_not(policy, policy);
   }
 }
 
 TEST(AnyDecay, Exponential) {
-  AnyDecay any;
-  any.kind = DecayKind::exponential;
   for (const Exponential& policy : {Exponential{0.01}, Exponential{0.0, 30.0}}) {
-    any.exponential = policy;
-    expect_same_gated_and_not(any, policy);
+    expect_same_gated_and_not(policy, policy);
   }
 }
 
-TEST(AnyDecay, Constant) {
-  AnyDecay any;
-  any.kind = DecayKind::constant;
-  any.constant = {0.3f};
-  expect_same_gated_and_not(any, Constant{0.3f});
-}
+TEST(AnyDecay, Constant) { expect_same_gated_and_not(Constant{0.3f}, Constant{0.3f}); }
 
-TEST(AnyDecay, EpochReset) {
-  AnyDecay any;
-  any.kind = DecayKind::epoch_reset;
-  expect_same_gated_and_not(any, EpochReset{});
+TEST(AnyDecay, EpochReset) { expect_same_gated_and_not(EpochReset{}, EpochReset{}); }
+
+// Each of the list, whatever there is in it, with its default fields.
+TEST(AnyDecay, EveryBuiltinDecay) {
+  int number = 0;
+  BuiltinDecays::for_each([&](auto one) {
+    const typename decltype(one)::type decay{};
+    const AnyDecay any = decay;
+    EXPECT_EQ(any.number, number++);
+    expect_same_gated_and_not(any, decay);
+  });
+  EXPECT_EQ(number, BuiltinDecays::size);
 }
 
 // ------------------------------------------------------------------------- known by functions alone
@@ -121,13 +115,8 @@ TEST(AnyDecay, EpochReset) {
 template <class Policy>
 void expect_same_through_functions(const Policy& policy) {
   static constexpr ExternalDecay functions = ExternalDecay::of<Policy>();
-  AnyDecay any;
-  any.kind = DecayKind::external;
-  any.external = &functions;
-  any.external_policy = &policy;
-  // What belongs to other kinds is not looked at.
-  any.linear_clipped = {kNanf, kNanf};
-  any.constant = {kNanf};
+  AnyDecay any = AnyDecay::of(&functions, &policy);
+  for (unsigned char& byte : any.policy) byte = 0xff;  // of built-in ones: not looked at
   expect_same_gated_and_not(any, policy);
 }
 
@@ -146,11 +135,7 @@ TEST(ExternalDecay, BuiltInPolicies) {
 TEST(ExternalDecay, PolicyThatIsGatedItself) {
   const EpochGated<Exponential> policy{{0.5}, {}};
   static constexpr ExternalDecay functions = ExternalDecay::of<EpochGated<Exponential>>();
-  AnyDecay any;
-  any.kind = DecayKind::external;
-  any.external = &functions;
-  any.external_policy = &policy;
-  expect_same(any, policy);
+  expect_same(AnyDecay::of(&functions, &policy), policy);
 }
 
 // All that a policy may have, and as many bytes of it as fit.
