@@ -145,7 +145,7 @@ def test_a_build_is_on_the_disk_before_it_is_seen(own_cache, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", lambda *paths: (done.append("rename"), rename(*paths)))
     make()
-    assert done == ["sync policy.so", "sync build", "rename", f"sync {own_cache.name}"]
+    assert done == ["sync policy.so", "rename", "sync build", "rename", f"sync {own_cache.name}"]
 
 
 # ------------------------------------------------------------------------------------------- kills

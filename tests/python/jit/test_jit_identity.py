@@ -168,7 +168,7 @@ def test_paths_of_any_kind(name, tmp_path):
     header(tmp_path / name, "0.25f")
     assert factor(decay("Own", other)) == 0.25
     own.write_text(own.read_text().replace("kFactor", "kFaktor"))
-    with pytest.raises(coldrow.jit.CompileError, match="own.hpp:2:.*: error: .*kFaktor"):
+    with pytest.raises(coldrow.jit.CompileError, match=r"own.hpp:2:.*: error: .*kFaktor"):
         decay("Own", own)
 
 
