@@ -52,9 +52,9 @@ inline double to_lr(double lr) {
 // What a forward and its backward have in common: arrays, taken and checked, and the batch made of
 // them. Views only; it lives as long as one call.
 struct Call {
-  std::vector<TableArgs> tables;
-  std::vector<FeatureArgs> features;
-  BatchArgs batch{};
+  std::vector<AnyTable> tables;
+  std::vector<Feature> features;
+  AnyBatch batch{};
   std::vector<Array> written;  // for the overlap check
   std::vector<Array> read;
 
@@ -80,7 +80,7 @@ inline Pooling to_pooling(const std::string& given) {
                          {{"sum", Pooling::sum}, {"mean", Pooling::mean}, {"none", Pooling::none}});
 }
 
-inline void take_weight(Call& call, TableArgs& table, nb::handle weight, Access access) {
+inline void take_weight(Call& call, AnyTable& table, nb::handle weight, Access access) {
   Array a = take_array(weight, "weight", access);
   a.require_shape({-1, -1}, "rows, dim");
   a.require_contiguous();
@@ -94,7 +94,7 @@ inline void take_weight(Call& call, TableArgs& table, nb::handle weight, Access 
   (access == Access::write ? call.written : call.read).push_back(std::move(a));
 }
 
-inline void take_prev_iter(Call& call, TableArgs& table, nb::handle prev_iter, Access access) {
+inline void take_prev_iter(Call& call, AnyTable& table, nb::handle prev_iter, Access access) {
   Array a = take_array(prev_iter, "prev_iter", access);
   a.require_shape({table.rows}, "one per row");
   a.require_dtype("int32");
@@ -104,7 +104,7 @@ inline void take_prev_iter(Call& call, TableArgs& table, nb::handle prev_iter, A
 }
 
 // The optimizer's state: scalar states [rows] of any stride, then element-wise ones [rows, dim].
-inline void take_state(Call& call, TableArgs& table, const Update& update, nb::sequence arrays) {
+inline void take_state(Call& call, AnyTable& table, const Update& update, nb::sequence arrays) {
   const std::size_t scalars = update.scalar_states.size(), vectors = update.vector_states.size();
   if (nb::len(arrays) != scalars + vectors) {
     bad_value("state: got " + std::to_string(nb::len(arrays)) +
@@ -131,8 +131,8 @@ inline void take_state(Call& call, TableArgs& table, const Update& update, nb::s
   }
 }
 
-inline void set_policy(TableArgs& table, const Update& update, double lr) {
-  table.update = update.args;
+inline void set_policy(AnyTable& table, const Update& update, double lr) {
+  table.update = update.any;
   table.lr = to_lr(lr);
 }
 
@@ -180,21 +180,21 @@ inline std::string table_label(const char* name) {
 }
 
 // end: what the last offset should be. table, rows: of a bad index.
-[[noreturn]] inline void raise_problem(const Problem& p, const std::string& end,
+[[noreturn]] inline void raise_problem(const BatchProblem& p, const std::string& end,
                                        const std::string& table, std::int64_t rows,
                                        const std::string& more = "") {
   const std::string at = " at position " + std::to_string(p.position);
   const std::string got = std::to_string(p.value);
   switch (p.kind) {
-    case Problem::offsets_start:
+    case BatchProblem::offsets_start:
       bad_value("offsets: starts with " + got + ", accepted: 0" + more);
-    case Problem::offsets_decrease:
+    case BatchProblem::offsets_decrease:
       bad_value("offsets: falls to " + got + at + ", accepted: offsets that never decrease" + more);
-    case Problem::offsets_end:
+    case BatchProblem::offsets_end:
       bad_value("offsets: ends with " + got + ", accepted: " + end +
                 " (the last offset is the end of the last bag)" + more);
-    case Problem::index_range:
-    case Problem::none:
+    case BatchProblem::index_range:
+    case BatchProblem::none:
       break;
   }
   bad_index("indices: got " + got + at + table + ", accepted: " +

@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 
+#include <coldrow/host/tuning.hpp>
+
 #include "arguments.hpp"
 #include "claims.hpp"
 
@@ -22,9 +24,7 @@ inline const Kernels* kernels = available_kernels()[0];
 inline int threads_for(std::int64_t positions, std::int64_t dim) {
 #if defined(_OPENMP)
   if (forked || omp_in_parallel()) return 1;
-  const std::int64_t worth =
-      positions * dim / 8192 + 1;  // below that a thread costs more than it does
-  return static_cast<int>(std::min<std::int64_t>({omp_get_max_threads(), worth, 256}));
+  return coldrow::host::threads_for(positions, dim, omp_get_max_threads());
 #else
   (void)positions, (void)dim;
   return 1;
@@ -61,9 +61,9 @@ class Scratch {
 inline std::vector<Claim::Range> memory_of(const Call& call) {
   std::vector<Claim::Range> ranges;
   ranges.reserve(call.tables.size());
-  for (const TableArgs& t : call.tables) {
+  for (const AnyTable& t : call.tables) {
     const auto* begin = static_cast<const char*>(t.weight);
-    ranges.push_back({begin, begin + t.rows * t.dim * (t.dtype == DType::f32 ? 4 : 2)});
+    ranges.push_back({begin, begin + t.rows * t.dim * coldrow::size_of(t.dtype)});
   }
   return ranges;
 }
@@ -73,18 +73,23 @@ inline void finish(Call& call, std::int64_t step, std::int64_t epoch_start) {
   call.batch.step = to_step(step, true);
   call.batch.epoch_start = to_epoch_start(epoch_start);
   std::int64_t widest = 1;
-  for (const TableArgs& t : call.tables) widest = std::max<std::int64_t>(widest, t.dim);
+  for (AnyTable& t : call.tables) {
+    widest = std::max<std::int64_t>(widest, t.dim);
+    if (t.update.optimizer_number >= 0) {
+      t.update.optimizer_functions = kernels->optimizer(t.update.optimizer_number);
+    }
+  }
   call.batch.threads = threads_for(call.batch.positions, widest);
 }
 
 inline void check_batch(Call& call) {
-  Problem p;
+  BatchProblem p;
   {
     nb::gil_scoped_release release;
     p = kernels->check_batch(call.batch);
   }
-  if (p.kind == Problem::none) return;
-  const TableArgs* table = p.feature < 0 ? nullptr : &call.tables[call.features[p.feature].table];
+  if (p.kind == BatchProblem::none) return;
+  const AnyTable* table = p.feature < 0 ? nullptr : &call.tables[call.features[p.feature].table];
   raise_problem(p, "the number of indices, " + std::to_string(call.batch.positions),
                 table == nullptr ? "" : table_label(table->name),
                 table == nullptr ? 0 : table->rows);
@@ -120,7 +125,7 @@ struct Counters {
 inline std::int64_t run_update(Call& call, const Array& grad, const std::string& on_nonfinite,
                                bool check_step, bool check_only, Scratch& scratch) {
   to_step(call.batch.step);
-  const DType grad_type = grad.numeric();
+  const NumericType grad_type = grad.numeric();
   const OnNonfinite mode = to_on_nonfinite(on_nonfinite);
   if (check_only && mode != OnNonfinite::raise && !check_step) return 0;
   void* workspace = scratch.reserve(kernels->update_bytes(call.batch));
@@ -131,11 +136,11 @@ inline std::int64_t run_update(Call& call, const Array& grad, const std::string&
   }
   if (!r.refused) return r.nonfinite.count;
   if (check_step && r.stale.count > 0) {
-    const TableArgs& t = call.tables[r.stale.table];
+    const AnyTable& t = call.tables[r.stale.table];
     raise_stale(call.batch.step, r.stale.row, table_label(t.name),
                 t.prev_iter[r.stale.row * t.prev_iter_stride]);
   }
-  const TableArgs& t = call.tables[r.nonfinite.table];
+  const AnyTable& t = call.tables[r.nonfinite.table];
   const std::int32_t last = t.prev_iter[r.nonfinite.row * t.prev_iter_stride];
   const auto step = static_cast<std::int32_t>(call.batch.step);
   const float factor = kernels->factor(t.update, last, step, t.lr, call.batch.epoch_start, false);

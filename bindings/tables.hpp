@@ -41,7 +41,7 @@ class Tables {
     Call call;
     call.tables.resize(names_.size());
     for (std::size_t t = 0; t < names_.size(); ++t) {
-      TableArgs& table = call.tables[t];
+      AnyTable& table = call.tables[t];
       table.name = names_[t].c_str();
       table.key = keys_[t];
       table.row_offset = row_offsets_[t];
@@ -49,7 +49,7 @@ class Tables {
       take_weight(call, table, weights[t], access);
       if (with_state) {
         take_prev_iter(call, table, prev_iters[t], access);
-        table.update = nb::cast<const Update&>(updates[t]).args;
+        table.update = nb::cast<const Update&>(updates[t]).any;
       }
     }
     take_indices(call, indices);
@@ -114,8 +114,8 @@ class Tables {
     std::int64_t first_bag = 0, column = 0;
     for (std::size_t f = 0; f < sizes.size(); ++f) {
       const std::int32_t dim = call.tables[feature_tables_[f]].dim;
-      FeatureArgs feature{feature_tables_[f], dim,    first_bag, sizes[f], 0, 0,
-                          first_bag,          column, total_dim};
+      Feature feature{feature_tables_[f], dim,    first_bag, sizes[f], 0, 0,
+                      first_bag,          column, total_dim};
       call.features.push_back(feature);
       first_bag += sizes[f];
       column += dim;
@@ -129,7 +129,7 @@ class Tables {
   // that number is known once it is known where each feature's indices lie.)
   static void flatten(Call& call) {
     std::int64_t offset = 0;
-    for (FeatureArgs& f : call.features) {
+    for (Feature& f : call.features) {
       f.out_offset = offset;
       f.out_stride = f.dim;
       if (!call.batch.pooled) f.first_row = f.first_position;

@@ -215,10 +215,10 @@ void Array::require_contiguous() const {
   }
 }
 
-DType Array::numeric() const {
-  if (dtype == kFloat32) return DType::f32;
-  if (dtype == kFloat16) return DType::f16;
-  if (dtype == kBfloat16) return DType::bf16;
+NumericType Array::numeric() const {
+  if (dtype == kFloat32) return NumericType::float32;
+  if (dtype == kFloat16) return NumericType::float16;
+  if (dtype == kBfloat16) return NumericType::bfloat16;
   throw nb::type_error(
       (std::string(name) + ": got dtype " + dtype_name() + ", accepted: float32, float16, bfloat16")
           .c_str());

@@ -39,8 +39,8 @@ struct Array {
   // Throw unless the array is what is asked for.
   void require_shape(std::initializer_list<std::int64_t> shape, const char* what) const;  // -1: any
   void require_contiguous() const;
-  DType numeric() const;      // float32, float16, bfloat16
-  IndexType integer() const;  // int32, int64
+  NumericType numeric() const;  // float32, float16, bfloat16
+  IndexType integer() const;    // int32, int64
   void require_dtype(const char* accepted) const;
 };
 

@@ -2,6 +2,7 @@
 // and know no Python. Calls put work on a stream and return: they neither wait nor copy anything back.
 #pragma once
 
+#include <coldrow/device/report.hpp>
 #include <functional>
 #include <vector>
 
@@ -18,18 +19,18 @@ struct Place {
   std::function<void*(std::size_t)> allocate;
 };
 
-inline constexpr std::size_t kReportBytes = 96;
+inline constexpr std::size_t kReportBytes = sizeof(coldrow::device::Report);
 
 // What kernels read when they run. A null address: what the call itself says.
 struct StepArgs {
-  const std::int64_t* clock = nullptr;  // steps done; null: BatchArgs::step - 1
+  const std::int64_t* clock = nullptr;  // steps done; null: AnyBatch::step - 1
   const std::int64_t* epoch_start = nullptr;
-  std::vector<const double*> lrs;  // one per table, or none: TableArgs::lr
+  std::vector<const double*> lrs;  // one per table, or none: AnyTable::lr
 };
 
 struct UpdateCall {
   const void* grad;
-  DType grad_type;
+  NumericType grad_type;
   const double* grad_scale;  // or null
   OnNonfinite on_nonfinite;
   bool check_step;          // refuse rows whose prev_iter is not before the step
@@ -41,36 +42,18 @@ struct UpdateCall {
 // The error's text, or null.
 using Error = const char*;
 
-Error lookup(const BatchArgs& batch, const StepArgs& step, bool read, void* out, DType out_type,
-             std::int64_t out_elements, const Place& place);
-Error weight_gradients(const BatchArgs& batch, const StepArgs& step, bool read, const void* grad,
-                       DType grad_type, float* out, const Place& place);
-Error update(const BatchArgs& batch, const StepArgs& step, const UpdateCall& call,
+Error lookup(const AnyBatch& batch, const StepArgs& step, bool read, void* out,
+             NumericType out_type, std::int64_t out_elements, const Place& place);
+Error weight_gradients(const AnyBatch& batch, const StepArgs& step, bool read, const void* grad,
+                       NumericType grad_type, float* out, const Place& place);
+Error update(const AnyBatch& batch, const StepArgs& step, const UpdateCall& call,
              const Place& place);
 
-// What a report says, copied to the host after all that is on the stream; a refusal is taken out.
-// The values of coldrow::device::Refusal.
-enum class Refusal : std::int32_t {
-  none,
-  offsets_start,
-  offsets_decrease,
-  offsets_end,
-  index_range,
-  step_range,
-  lr_range,
-  epoch_start_range,
-  stale_row,
-  nonfinite_row,
-};
-struct Found {
-  Refusal kind;
-  std::int32_t table;
-  std::int64_t position, value, batch;
-  std::int64_t bad_rows, positions, nonfinite_rows;
-};
-Error take_report(const Place& place, Found& found);
+// What the report says, copied to the host after all that is on the stream; a refusal is taken out.
+Error take_report(const Place& place, coldrow::device::Report& found);
 
-StateArgs state(const UpdateArgs& update);
+// The coldrow::device::OptimizerUpdates of a built-in optimizer, by its number.
+const void* optimizer_functions(int number);
 
 // A copy of host memory on a device, for as long as it is wanted. Waits.
 Error copy_to_device(int device, const void* from, std::size_t bytes, void*& copy);

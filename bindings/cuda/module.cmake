@@ -1,15 +1,29 @@
 # The Python module for CUDA, and the same sources for the tests' stand-in for a device. Kernels are
 # compiled apart from the module: nvcc sees no Python, and CUB is in one translation unit.
 #
-# The cap: 40 updates (8 optimizers x 5 of stored type and rounding) and 6 lookups (3 stored types x 2
-# charges), the rest once. An architecture costs about 100 seconds of one core, and 3 MB.
+# The cap: one update for each optimizer, stored type and rounding (8 x 5: float32 is stored unrounded) and 6
+# lookups (3 stored types x 2 charges), the rest once. An architecture costs about 100 seconds of one
+# core, and 3 MB.
 
 set(cuda_module bindings/cuda/module.cpp bindings/tensor.cpp)
-set(cuda_kernels
-    kernels sort update_sgd update_rowwise_rmsprop update_rowwise_adagrad update_adagrad update_adam
-    update_adam_by_touches update_partial_rowwise_adam update_partial_rowwise_adam_by_touches)
-list(TRANSFORM cuda_kernels PREPEND ${PROJECT_SOURCE_DIR}/bindings/cuda/)
-list(TRANSFORM cuda_kernels APPEND .cu)
+set(cuda_kernels ${PROJECT_SOURCE_DIR}/bindings/cuda/kernels.cu
+                 ${PROJECT_SOURCE_DIR}/bindings/cuda/sort.cu)
+
+# A file for each entry of BuiltinOptimizers; kernels.cu asserts that they were counted right.
+set(optimizer_header ${PROJECT_SOURCE_DIR}/include/coldrow/policy/optimizer.hpp)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${optimizer_header})
+file(READ ${optimizer_header} optimizers)
+string(REGEX MATCH "using BuiltinOptimizers =[^;]*" optimizers "${optimizers}")
+string(REGEX MATCHALL "," commas "${optimizers}")
+list(LENGTH commas last_optimizer)
+math(EXPR optimizer_count "${last_optimizer} + 1")
+foreach(number RANGE ${last_optimizer})
+  set(source ${CMAKE_CURRENT_BINARY_DIR}/cuda/update_${number}.cu)
+  file(CONFIGURE OUTPUT ${source} CONTENT
+       "#include \"@PROJECT_SOURCE_DIR@/bindings/cuda/update.cuh\"\n\nCOLDROW_INSTANTIATE_UPDATES(@number@)\n"
+       @ONLY)
+  list(APPEND cuda_kernels ${source})
+endforeach()
 
 set(build_cuda OFF)
 if(NOT COLDROW_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -48,6 +62,7 @@ if(build_cuda)
 
   add_library(cuda_kernels OBJECT ${cuda_kernels})
   target_link_libraries(cuda_kernels PRIVATE coldrow coldrow_strict)
+  target_compile_definitions(cuda_kernels PRIVATE COLDROW_OPTIMIZERS=${optimizer_count})
   # (-std, because CMake may be older than the compiler.)
   target_compile_options(
     cuda_kernels PRIVATE -std=c++20 $<$<COMPILE_LANG_AND_ID:CUDA,NVIDIA>:-Xfatbin=-compress-all
@@ -76,7 +91,7 @@ if(COLDROW_STAND_IN)
   endforeach()
   nanobind_add_module(stand_in NB_STATIC NB_DOMAIN coldrow_stand_in ${cuda_module} ${stand_in_sources})
   target_include_directories(stand_in PRIVATE tests/cpp/device)
-  target_compile_definitions(stand_in PRIVATE COLDROW_SIMT)
+  target_compile_definitions(stand_in PRIVATE COLDROW_SIMT COLDROW_OPTIMIZERS=${optimizer_count})
   target_compile_options(stand_in PRIVATE -O1 -fno-strict-aliasing)
   target_link_libraries(stand_in PRIVATE coldrow coldrow_strict coldrow_warnings)
   set_target_properties(stand_in PROPERTIES OUTPUT_NAME _cuda LIBRARY_OUTPUT_DIRECTORY stand_in)

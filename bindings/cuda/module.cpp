@@ -9,13 +9,12 @@
 #include <nanobind/stl/pair.h>
 
 #include <cstdlib>
+#include <tuple>
 
 #include "../tables.hpp"
 #include "kernels.hpp"
 
 namespace coldrow_module {
-
-StateArgs state_of(const UpdateArgs& update) { return cuda::state(update); }
 
 // (The tests' stand-in for a device works in the processor's memory.)
 #if defined(COLDROW_SIMT)
@@ -39,14 +38,15 @@ void require_reachable(const char* name, int device_type, int) {
 namespace {
 
 using namespace nb::literals;
+using coldrow::device::Refusal;
 
 void raise_if(cuda::Error error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// ------------------------------------------------------------------------------------ CumulativeLinear
+// ---------------------------------------------------------------------------------------- decay table
 
-// The table of CumulativeLinear's products on one device, kept while an update uses it.
+// The factors of a decay that reads them from a table, on one device, kept while an update uses it.
 class DeviceTable {
  public:
   DeviceTable(int device, const std::vector<float>& values) : device_(device) {
@@ -67,21 +67,32 @@ struct DeviceUpdate : Update {
   std::shared_ptr<DeviceTable> device_table;
 
   DeviceUpdate(const Update& made, int device) : Update(made) {
-    if (made.args.optimizer == OptimizerKind::external || made.args.decay == DecayName::external) {
+    if (has_external()) {
       bad_value(
           "update: has a policy compiled for the CPU by coldrow.jit, accepted on a CUDA device: "
           "built-in optimizers and decays");
     }
+    any.optimizer_functions = cuda::optimizer_functions(any.optimizer_number);
     if (!table) return;
-    static std::map<std::pair<double, int>, std::weak_ptr<DeviceTable>>
+    static std::map<std::tuple<int, double, int>, std::weak_ptr<DeviceTable>>
         tables;  // (the GIL is held)
-    auto& kept = tables[{made.args.alpha, device}];
+    auto& kept = tables[{decay->number, table_alpha, device}];
     device_table = kept.lock();
     if (!device_table) {
       device_table = std::make_shared<DeviceTable>(device, *table);
       kept = device_table;
     }
-    args.decay_table = device_table->data();
+    // The same decay, but that it reads this table.
+    coldrow::with_type_at<coldrow::BuiltinDecays>(decay->number, [&](auto one) {
+      using Decay = typename decltype(one)::type;
+      if constexpr (coldrow::DecayByTable<Decay>) {
+        Decay own;
+        std::memcpy(&own, decay->policy, sizeof own);
+        own.table = device_table->data();
+        decay = std::make_shared<coldrow::AnyDecay>(own, decay->epoch_gated);
+        any.decay = decay.get();
+      }
+    });
   }
 };
 
@@ -155,7 +166,7 @@ class Runner {
 
 // What the report says is wrong, as an exception. names, rows: of the tables; step: of the call, or 0
 // where the device knows it.
-void raise_refusal(const cuda::Found& f, const std::vector<std::string>& names,
+void raise_refusal(const coldrow::device::Report& f, const std::vector<std::string>& names,
                    const std::vector<std::int64_t>& rows, std::int64_t step) {
   const auto t = static_cast<std::size_t>(std::max<std::int32_t>(0, f.table));
   const bool known = f.table >= 0 && t < names.size();
@@ -164,38 +175,38 @@ void raise_refusal(const cuda::Found& f, const std::vector<std::string>& names,
                                     : " (found on the device, batch " + std::to_string(f.batch) +
                                           "; that batch changed nothing)";
   switch (f.kind) {
-    case cuda::Refusal::none:
+    case Refusal::none:
       return;
-    case cuda::Refusal::offsets_start:
-    case cuda::Refusal::offsets_decrease:
-    case cuda::Refusal::offsets_end:
-    case cuda::Refusal::index_range:
-      raise_problem({static_cast<Problem::Kind>(f.kind), f.position, f.value, -1},
+    case Refusal::offsets_start:
+    case Refusal::offsets_decrease:
+    case Refusal::offsets_end:
+    case Refusal::index_range:
+      raise_problem({static_cast<BatchProblem::Kind>(f.kind), f.position, f.value, -1},
                     "the number of indices, " + std::to_string(f.positions), label,
                     known ? rows[t] : 0, more);
-    case cuda::Refusal::step_range:
+    case Refusal::step_range:
       bad_value("clock: is at " + std::to_string(f.value) +
                 ", accepted: steps up to 2**31 - 1 (prev_iter is int32)" + more);
-    case cuda::Refusal::lr_range:
+    case Refusal::lr_range:
       bad_value("lr" + label + ": is negative or not finite in float32, accepted: a number >= 0" +
                 more);
-    case cuda::Refusal::epoch_start_range:
+    case Refusal::epoch_start_range:
       bad_value("epoch_start: is out of range, accepted: 0 to 2**31 - 1" + more);
-    case cuda::Refusal::stale_row:
+    case Refusal::stale_row:
       raise_stale(step, f.position, label, f.value);
-    case cuda::Refusal::nonfinite_row:
-      raise_nonfinite(f.position, label, f.bad_rows, more);
+    case Refusal::nonfinite_row:
+      raise_nonfinite(f.position, label, static_cast<std::int64_t>(f.bad_rows), more);
   }
 }
 
 // Waits for the stream; a refusal in the report is raised and taken out of it.
-cuda::Found wait_for(nb::handle report, std::uintptr_t stream) {
+coldrow::device::Report wait_for(nb::handle report, std::uintptr_t stream) {
   Call call;
   cuda::Place place{};
   place.report = Runner::take_report_array(call, report);
   place.device = call.written[0].device;
   place.stream = reinterpret_cast<void*>(stream);
-  cuda::Found found{};
+  coldrow::device::Report found{};
   cuda::Error error = nullptr;
   {
     nb::gil_scoped_release release;
@@ -209,7 +220,7 @@ cuda::Found wait_for(nb::handle report, std::uintptr_t stream) {
 
 void take_table(Call& call, const DeviceUpdate& update, nb::handle weight, nb::handle prev_iter,
                 double lr, Access access) {
-  TableArgs& table = call.tables.emplace_back();
+  AnyTable& table = call.tables.emplace_back();
   take_weight(call, table, weight, access);
   take_prev_iter(call, table, prev_iter, access);
   set_policy(table, update, lr);
@@ -229,7 +240,7 @@ void apply(const DeviceUpdate& update, nb::handle weight, nb::handle grad, nb::h
            nb::handle report, std::uintptr_t stream, nb::handle allocate) {
   Call call;
   take_table(call, update, weight, prev_iter, lr, Access::write);
-  TableArgs& table = call.tables[0];
+  AnyTable& table = call.tables[0];
   table.key = table_key;
   table.row_offset = row_offset;
   table.col_offset = col_offset;
@@ -350,7 +361,7 @@ class TableBatch : public Tables {
     Array a = take_array(h, name, access);
     a.numeric();
     std::int64_t low = INT64_MAX, high = 0, pooled = 0;
-    for (const FeatureArgs& f : call.features) {
+    for (const Feature& f : call.features) {
       pooled += f.bags * f.dim;
       low = std::min<std::int64_t>(low, f.dim);
       high = std::max<std::int64_t>(high, f.dim);
@@ -391,10 +402,10 @@ NB_MODULE(_cuda, m) {
       "finish",
       [](nb::handle report, const std::vector<std::int64_t>& rows, std::int64_t step,
          std::uintptr_t stream) {
-        const cuda::Found found = wait_for(report, stream);
+        const coldrow::device::Report found = wait_for(report, stream);
         const std::size_t call = found.batch > 0 ? static_cast<std::size_t>(found.batch) - 1 : 0;
         raise_refusal(found, {std::string()}, {call < rows.size() ? rows[call] : 0}, step);
-        return found.nonfinite_rows;
+        return static_cast<std::int64_t>(found.nonfinite_rows);
       },
       "report"_a.none(), "rows"_a, "step"_a, "stream"_a,
       "Waits for the calls of apply() and read() that shared this report, whose tables have `rows` "

@@ -1,73 +1,113 @@
 // The reference: the semantics of coldrow in float64, serial and slow, written from the definitions
 // and sharing no arithmetic with the library. It is the only second copy of any formula; tests
 // compare everything else with it.
+//
+// A policy is its number in the list of its kind (BuiltinOptimizers, BuiltinDecays) and its fields in
+// float64. Each has one function here, which is told by the policy's struct.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "policy/any_decay.hpp"  // for the names in DecayKind
+#include "policy/builtin.hpp"
 
 COLDROW_BEGIN
 
 namespace reference {
 
+// The fields of a policy, by name.
+struct Fields {
+  static constexpr int kMost = 8;
+  const char* name[kMost] = {};
+  double value[kMost] = {};
+  int count = 0;
+
+  double operator[](const char* field) const {
+    for (int i = 0; i < count; ++i) {
+      if (same_text(name[i], field)) return value[i];
+    }
+    return std::nan("");
+  }
+  bool set(const char* field, double x) {
+    for (int i = 0; i < count; ++i) {
+      if (!same_text(name[i], field)) continue;
+      value[i] = x;
+      return true;
+    }
+    return false;
+  }
+  template <BuiltinPolicy P>
+  static Fields of(const P& policy) {
+    Fields out;
+    P::fields(policy, [&](const char* field, const auto& x) {
+      out.name[out.count] = field;
+      out.value[out.count++] = static_cast<double>(x);
+    });
+    return out;
+  }
+};
+
+// --------------------------------------------------------------------------------------------- decays
+
+// The factors after `gap` steps, gap >= 0.
+
+inline double factor(Type<NoDecay>, const Fields&, double, double) { return 1.0; }
+
+inline double factor(Type<LinearClipped>, const Fields& p, double gap, double lr) {
+  return std::fmax(p["min_shrinkage"], 1.0 - std::fmin(1.0, lr * p["alpha"] * gap));
+}
+
+inline double factor(Type<CumulativeLinear>, const Fields& p, double gap, double) {
+  const double alpha = p["alpha"];
+  double product = 1.0;
+  if (alpha == 0.0) return product;  // and not 2^31 times 1
+  for (double j = 1.0; j < gap && product > 1e-300; ++j) {
+    product *= 1.0 - std::fmin(1.0, alpha * j);
+  }
+  return product > 1e-300 ? product : 0.0;
+}
+
+inline double factor(Type<Exponential>, const Fields& p, double gap, double lr) {
+  if (p["half_life"] > 0.0) return std::exp2(-gap / p["half_life"]);
+  return std::pow(std::fmax(0.0, 1.0 - lr * p["weight_decay"]), gap);
+}
+
+inline double factor(Type<Constant>, const Fields& p, double gap, double lr) {
+  return gap > 0.0 ? std::fmax(0.0, 1.0 - lr * p["weight_decay"]) : 1.0;
+}
+
+// Of rows that the epoch's gate is open for; for the others it is 1 as under any gate.
+inline double factor(Type<EpochReset>, const Fields&, double, double) { return 0.0; }
+
 struct Decay {
-  DecayKind kind = DecayKind::none;
+  int number = BuiltinDecays::number<NoDecay>;
+  Fields fields{};
   bool epoch_gated = false;
-  double alpha = 0.0;
-  double min_shrinkage = 0.0;
-  double weight_decay = 0.0;
-  double half_life = 0.0;
+
+  Decay() = default;
+  template <DecayPolicy D>
+    requires(BuiltinDecays::has<D>)
+  Decay(const D& decay, bool gated = false)
+      : number(BuiltinDecays::number<D>), fields(Fields::of(decay)), epoch_gated(gated) {}
 
   // The factor after `gap` steps, for a row last touched at `last` (0: never; then gap is 1).
   double operator()(std::int64_t gap, std::int64_t last, double lr,
                     std::int64_t epoch_start) const {
+    const bool gated = epoch_gated || number == BuiltinDecays::number<EpochReset>;
     const bool faded_epoch = last != 0 && epoch_start != 0 && last < epoch_start;
-    if (kind == DecayKind::epoch_reset) return faded_epoch ? 0.0 : 1.0;
-    if (epoch_gated && !faded_epoch) return 1.0;
-    if (gap <= 0) return 1.0;
-    switch (kind) {
-      case DecayKind::linear_clipped:
-        return std::fmax(min_shrinkage,
-                         1.0 - std::fmin(1.0, lr * alpha * static_cast<double>(gap)));
-      case DecayKind::cumulative_linear: {
-        double product = 1.0;
-        if (alpha == 0.0) return product;  // and not 2^31 times 1
-        for (std::int64_t j = 1; j < gap && product > 1e-300; ++j) {
-          product *= 1.0 - std::fmin(1.0, alpha * static_cast<double>(j));
-        }
-        return product > 1e-300 ? product : 0.0;
-      }
-      case DecayKind::exponential:
-        if (half_life > 0.0) return std::exp2(-static_cast<double>(gap) / half_life);
-        return std::pow(std::fmax(0.0, 1.0 - lr * weight_decay), static_cast<double>(gap));
-      case DecayKind::constant:
-        return std::fmax(0.0, 1.0 - lr * weight_decay);
-      default:
-        return 1.0;
-    }
+    if (gated && !faded_epoch) return 1.0;
+    const auto steps = static_cast<double>(gap > 0 ? gap : 0);
+    return with_type_at<BuiltinDecays>(number, [&](auto decay) {
+      static_assert(
+          requires { factor(decay, fields, steps, lr); },
+          "a built-in decay has a factor() in coldrow/reference.hpp");
+      return factor(decay, fields, steps, lr);
+    });
   }
 };
 
-enum class OptimizerKind : std::int32_t {
-  sgd,
-  rowwise_rmsprop,
-  rowwise_adagrad,
-  adagrad,
-  adam,
-  partial_rowwise_adam,
-};
-
-// beta1 is RowwiseRMSprop's ema_beta too. count_touches: bias correction by the row's own touches.
-struct Optimizer {
-  double eps = 1e-8;
-  double beta1 = 0.99;
-  double beta2 = 0.999;
-  OptimizerKind kind = OptimizerKind::rowwise_rmsprop;
-  bool count_touches = false;
-};
+// ----------------------------------------------------------------------------------------- optimizers
 
 // The state of one table: those arrays that the optimizer has.
 struct State {
@@ -75,7 +115,109 @@ struct State {
   double* momentum1 = nullptr;  // [rows], or [rows, dim] where element-wise
   double* momentum2 = nullptr;  // likewise
   double* touches = nullptr;    // [rows]
+
+  // The array of that name, or null where there is no such name.
+  double** named(const char* name) {
+    return same_text(name, "momentum1")   ? &momentum1
+           : same_text(name, "momentum2") ? &momentum2
+           : same_text(name, "touches")   ? &touches
+                                          : nullptr;
+  }
 };
+
+// What an optimizer sees of a row at one step.
+struct RowStep {
+  const State& state;
+  std::int64_t row, dim;
+  double lr;
+  double step;         // the clock
+  double fade;         // what the old state is multiplied by
+  const double* g;     // [dim], the summed gradient
+  double mean_square;  // of it
+  double* amount;      // [dim], out: what is subtracted from the weights
+
+  // The exponential average of what `old` was and x.
+  double average(double beta, double old, double x) const {
+    return beta * fade * old + (1.0 - beta) * x;
+  }
+  // x without the bias of an average that began as 0, n steps ago.
+  static double unbiased(double beta, double n, double x) { return x / (1.0 - std::pow(beta, n)); }
+  // What Adam's bias corrections count: steps, or the touches of the row.
+  double count(BiasCorrection bias) const {
+    if (bias == BiasCorrection::clock) return step;
+    return state.touches[row] = fade * state.touches[row] + 1.0;
+  }
+};
+
+inline void optimize(Type<SGD>, const Fields&, const RowStep& r) {
+  for (std::int64_t d = 0; d < r.dim; ++d) r.amount[d] = r.lr * r.g[d];
+}
+
+inline void optimize(Type<RowwiseRMSprop>, const Fields& p, const RowStep& r) {
+  double& v = r.state.momentum1[r.row];
+  v = r.average(p["ema_beta"], v, r.mean_square);
+  for (std::int64_t d = 0; d < r.dim; ++d) r.amount[d] = r.lr * r.g[d] / (std::sqrt(v) + p["eps"]);
+}
+
+inline void optimize(Type<RowwiseAdagrad>, const Fields& p, const RowStep& r) {
+  double& v = r.state.momentum1[r.row];
+  v = r.fade * v + r.mean_square;
+  for (std::int64_t d = 0; d < r.dim; ++d) r.amount[d] = r.lr * r.g[d] / (std::sqrt(v) + p["eps"]);
+}
+
+inline void optimize(Type<Adagrad>, const Fields& p, const RowStep& r) {
+  for (std::int64_t d = 0; d < r.dim; ++d) {
+    double& v = r.state.momentum1[r.row * r.dim + d];
+    v = r.fade * v + r.g[d] * r.g[d];
+    r.amount[d] = r.lr * r.g[d] / (std::sqrt(v) + p["eps"]);
+  }
+}
+
+template <BiasCorrection Bias>
+void optimize(Type<Adam<Bias>>, const Fields& p, const RowStep& r) {
+  const double beta1 = p["beta1"], beta2 = p["beta2"], eps = p["eps"], n = r.count(Bias);
+  for (std::int64_t d = 0; d < r.dim; ++d) {
+    double& m = r.state.momentum1[r.row * r.dim + d];
+    double& v = r.state.momentum2[r.row * r.dim + d];
+    m = r.average(beta1, m, r.g[d]);
+    v = r.average(beta2, v, r.g[d] * r.g[d]);
+    r.amount[d] = r.lr * r.unbiased(beta1, n, m) / (std::sqrt(r.unbiased(beta2, n, v)) + eps);
+  }
+}
+
+template <BiasCorrection Bias>
+void optimize(Type<PartialRowwiseAdam<Bias>>, const Fields& p, const RowStep& r) {
+  const double beta1 = p["beta1"], beta2 = p["beta2"], eps = p["eps"], n = r.count(Bias);
+  double& v = r.state.momentum2[r.row];
+  v = r.average(beta2, v, r.mean_square);
+  for (std::int64_t d = 0; d < r.dim; ++d) {
+    double& m = r.state.momentum1[r.row * r.dim + d];
+    m = r.average(beta1, m, r.g[d]);
+    r.amount[d] = r.lr * r.unbiased(beta1, n, m) / (std::sqrt(r.unbiased(beta2, n, v)) + eps);
+  }
+}
+
+struct Optimizer {
+  int number = BuiltinOptimizers::number<RowwiseRMSprop>;
+  Fields fields = Fields::of(RowwiseRMSprop{});
+
+  Optimizer() = default;
+  template <OptimizerPolicy O>
+    requires(BuiltinOptimizers::has<O>)
+  Optimizer(const O& optimizer)
+      : number(BuiltinOptimizers::number<O>), fields(Fields::of(optimizer)) {}
+
+  void operator()(const RowStep& row) const {
+    with_type_at<BuiltinOptimizers>(number, [&](auto optimizer) {
+      static_assert(
+          requires { optimize(optimizer, fields, row); },
+          "a built-in optimizer has an optimize() in coldrow/reference.hpp");
+      optimize(optimizer, fields, row);
+    });
+  }
+};
+
+// --------------------------------------------------------------------------------------------- update
 
 struct Update {
   Optimizer optimizer{};
@@ -87,61 +229,16 @@ struct Update {
 inline void apply_row(const Update& update, double* weight, std::int64_t dim, const State& state,
                       std::int64_t row, const double* g, std::int64_t step, double lr,
                       std::int64_t epoch_start) {
-  const Optimizer& o = update.optimizer;
   double mean_square = 0.0;
   for (std::int64_t d = 0; d < dim; ++d) mean_square += g[d] * g[d] / static_cast<double>(dim);
   const std::int64_t last = state.prev_iter[row];
   const double shrink = update.decay(last != 0 ? step - last : 1, last, lr, epoch_start);
-  const double fade = update.decay_state ? shrink : 1.0;
-  double n = static_cast<double>(step);  // what Adam's bias corrections count
-  if (o.count_touches) n = state.touches[row] = fade * state.touches[row] + 1.0;
-  const auto average = [&](double beta, double old, double x) {
-    return beta * fade * old + (1.0 - beta) * x;
-  };
-  const auto unbiased = [&](double beta, double x) { return x / (1.0 - std::pow(beta, n)); };
-
-  double row_root = 0.0;  // square root of the row's second moment, for the row-wise ones
-  switch (o.kind) {
-    case OptimizerKind::rowwise_rmsprop:
-      row_root =
-          std::sqrt(state.momentum1[row] = average(o.beta1, state.momentum1[row], mean_square));
-      break;
-    case OptimizerKind::rowwise_adagrad:
-      row_root = std::sqrt(state.momentum1[row] = fade * state.momentum1[row] + mean_square);
-      break;
-    case OptimizerKind::partial_rowwise_adam:
-      state.momentum2[row] = average(o.beta2, state.momentum2[row], mean_square);
-      row_root = std::sqrt(unbiased(o.beta2, state.momentum2[row]));
-      break;
-    default:
-      break;
-  }
+  std::vector<double> amount(static_cast<std::size_t>(dim));
+  update.optimizer({state, row, dim, lr, static_cast<double>(step),
+                    update.decay_state ? shrink : 1.0, g, mean_square, amount.data()});
   for (std::int64_t d = 0; d < dim; ++d) {
-    const std::int64_t i = row * dim + d;
-    double amount = lr * g[d];
-    switch (o.kind) {
-      case OptimizerKind::sgd:
-        break;
-      case OptimizerKind::rowwise_rmsprop:
-      case OptimizerKind::rowwise_adagrad:
-        amount /= row_root + o.eps;
-        break;
-      case OptimizerKind::adagrad:
-        state.momentum1[i] = fade * state.momentum1[i] + g[d] * g[d];
-        amount /= std::sqrt(state.momentum1[i]) + o.eps;
-        break;
-      case OptimizerKind::adam:
-        state.momentum1[i] = average(o.beta1, state.momentum1[i], g[d]);
-        state.momentum2[i] = average(o.beta2, state.momentum2[i], g[d] * g[d]);
-        amount = lr * unbiased(o.beta1, state.momentum1[i]) /
-                 (std::sqrt(unbiased(o.beta2, state.momentum2[i])) + o.eps);
-        break;
-      case OptimizerKind::partial_rowwise_adam:
-        state.momentum1[i] = average(o.beta1, state.momentum1[i], g[d]);
-        amount = lr * unbiased(o.beta1, state.momentum1[i]) / (row_root + o.eps);
-        break;
-    }
-    weight[i] = shrink * weight[i] - amount;
+    double& w = weight[row * dim + d];
+    w = shrink * w - amount[static_cast<std::size_t>(d)];
   }
   state.prev_iter[row] = step;
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LAST_STEP = 2**31 - 1
@@ -96,6 +96,13 @@ def listed(name: str, given: Any, accepted: str) -> list[Any]:
         return list(given)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: got {given!r}, accepted: {accepted}") from None
+
+
+def require_state_dict(given: Any) -> None:
+    """Refuse what is no state_dict of an optimizer."""
+    if not isinstance(given, Mapping) or "param_groups" not in given:
+        got = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        raise TypeError(f"state_dict: got {got}, accepted: a mapping, as state_dict() returns it")
 
 
 def require_dense(name: str, tensor: Any) -> None:

@@ -46,6 +46,11 @@ def require_update(update: Any) -> RowUpdate:
     return update
 
 
+def epoch_of(epoch_start: Any, step: int) -> int:
+    """Return the first step of the running epoch, 0 where none began, or raise unless it is reached."""
+    return 0 if epoch_start is None else integer("epoch_start", epoch_start, 0, step)
+
+
 def apply_now(
     update: RowUpdate,
     weight: Any,
@@ -63,6 +68,7 @@ def apply_now(
 ) -> None:
     """Do what :func:`coldrow.apply_` says."""
     arrays, prev_iter = _state_arrays(require_update(update), state)
+    step = integer("step", step, 1, LAST_STEP)
     backend_of("weight", weight).apply(
         [
             RowStep(
@@ -78,8 +84,8 @@ def apply_now(
                 integer("col_offset", col_offset, 0, 2**31),
             )
         ],
-        step=integer("step", step, 1, LAST_STEP),
-        epoch_start=integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
+        step=step,
+        epoch_start=epoch_of(epoch_start, step),
         on_nonfinite=one_of("on_nonfinite", on_nonfinite, ON_NONFINITE),
         check_step=True,
         check_only=False,

@@ -22,7 +22,7 @@ from coldrow._checks import (
     table_key,
     torch_of,
 )
-from coldrow._steps import apply_now, bump_versions, require_update
+from coldrow._steps import apply_now, bump_versions, epoch_of, require_update
 from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
 
 __all__ = ["apply_", "init_state", "read_", "rowwise_rmsprop_ar_", "table_key"]
@@ -58,7 +58,8 @@ def apply_(
         step: number of this optimizer step, counted from 1; greater than ``prev_iter`` of every row
             touched.
         lr: learning rate; default ``update.optimizer.lr``.
-        epoch_start: the first step of the running epoch, for epoch-aware decays; default: none began.
+        epoch_start: the first step of the running epoch, at most ``step``, for epoch-aware decays; default:
+            none began.
         on_nonfinite: for rows whose update would not be finite: ``"raise"`` (nothing is written),
             ``"skip"`` (those rows and their state stay as they are) or ``"propagate"``.
         table: name or key of the table, for stochastic rounding.
@@ -193,15 +194,16 @@ def read_(
     """
     if not isinstance(state, Mapping) or "prev_iter" not in state:
         raise ValueError("state: got no prev_iter, accepted: a dict with 'prev_iter'")
+    step = integer("step", step, 1, LAST_STEP + 1)
     backend_of("weight", weight).read(
         require_update(update),
         plain_array("out", out, written=True),
         plain_array("weight", weight, written=False),
         plain_array("indices", indices, written=False),
         plain_array("prev_iter", state["prev_iter"], written=False),
-        step=integer("step", step, 1, LAST_STEP + 1),
+        step=step,
         lr=number("lr", update.optimizer.lr if lr is None else lr),
-        epoch_start=integer("epoch_start", 0 if epoch_start is None else epoch_start, 0, LAST_STEP),
+        epoch_start=epoch_of(epoch_start, step),
     )
     bump_versions(out)
 

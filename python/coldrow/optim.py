@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from coldrow._backends.protocol import RowStep
-from coldrow._checks import LAST_STEP, ON_NONFINITE, integer, listed, number, one_of
+from coldrow._checks import (
+    LAST_STEP,
+    ON_NONFINITE,
+    integer,
+    listed,
+    number,
+    one_of,
+    require_state_dict,
+)
 from coldrow._steps import apply_steps, bump_versions, sparse_rows
 from coldrow.functional import init_state
 from coldrow.policies import LinearClipped, Nearest, Rounding, RowUpdate, RowwiseRMSprop
@@ -200,6 +208,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: state that does not fit the parameters.
         """
+        require_state_dict(state_dict)
         saved = dict(state_dict)
         if not saved["param_groups"]:
             raise ValueError("param_groups: got none, accepted: a state_dict of this class")

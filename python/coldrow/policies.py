@@ -50,6 +50,25 @@ _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 class _Policy:
     """What all policies share: numbers are checked and turned into floats on construction."""
 
+    _kind: str  # "optimizer", "decay" or "rounding"
+    _name = ""  # of the C++ struct, in the list of its kind (include/coldrow/policy)
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the values of the C++ struct's fields, by name."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if f.name != "lr"
+        }
+
+    def native(self) -> dict[str, Any]:
+        """Return the part of the compiled form's arguments that says which policy it is."""
+        return {self._kind: self._name, f"{self._kind}_fields": self._fields()}
+
+    def described(self) -> dict[str, Any]:
+        """Return the policy as plain values (for checkpoints)."""
+        return _plain(self)
+
     def _check(self, name: str, **bounds: Any) -> None:
         object.__setattr__(self, name, number(name, getattr(self, name), **bounds))
 
@@ -58,23 +77,19 @@ class Optimizer(_Policy):
     """Base class of optimizers. ``lr`` is the initial learning rate."""
 
     lr: float
-
-    def _native(self) -> dict[str, Any]:
-        raise NotImplementedError
+    _kind = "optimizer"
 
 
 class Decay(_Policy):
     """Base class of decay schedules: a factor in [0, 1] by which a row shrinks after ``gap`` steps."""
 
-    def _native(self) -> dict[str, Any]:
-        raise NotImplementedError
+    _kind = "decay"
 
 
 class Rounding(_Policy):
     """Base class of roundings: how a float32 result becomes a stored weight."""
 
-    def _native(self) -> dict[str, Any]:
-        raise NotImplementedError
+    _kind = "rounding"
 
 
 @dataclass(frozen=True)
@@ -87,11 +102,10 @@ class SGD(Optimizer):
 
     lr: float = 0.01
 
+    _name = "sgd"
+
     def __post_init__(self) -> None:
         self._check("lr")
-
-    def _native(self) -> dict[str, Any]:
-        return {"optimizer": "sgd"}
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,12 @@ class RowwiseRMSprop(Optimizer):
     eps: float = 1e-8
     ema_beta: float = 0.99
 
+    _name = "rowwise_rmsprop"
+
     def __post_init__(self) -> None:
         self._check("lr")
         self._check("eps")
         self._check("ema_beta", high=1.0)
-
-    def _native(self) -> dict[str, Any]:
-        return {"optimizer": "rowwise_rmsprop", "eps": self.eps, "beta1": self.ema_beta}
 
 
 @dataclass(frozen=True)
@@ -133,12 +146,11 @@ class RowwiseAdagrad(Optimizer):
     lr: float = 0.01
     eps: float = 1e-8
 
+    _name = "rowwise_adagrad"
+
     def __post_init__(self) -> None:
         self._check("lr")
         self._check("eps")
-
-    def _native(self) -> dict[str, Any]:
-        return {"optimizer": "rowwise_adagrad", "eps": self.eps}
 
 
 @dataclass(frozen=True)
@@ -156,12 +168,11 @@ class Adagrad(Optimizer):
     lr: float = 0.01
     eps: float = 1e-10
 
+    _name = "adagrad"
+
     def __post_init__(self) -> None:
         self._check("lr")
         self._check("eps", low=_SMALLEST_FLOAT32)
-
-    def _native(self) -> dict[str, Any]:
-        return {"optimizer": "adagrad", "eps": self.eps}
 
 
 class _Adam(Optimizer):
@@ -171,7 +182,6 @@ class _Adam(Optimizer):
     beta2: float
     eps: float
     bias_correction: str
-    _name: str
 
     def __post_init__(self) -> None:
         self._check("lr")
@@ -184,13 +194,12 @@ class _Adam(Optimizer):
                 f"bias_correction: got {self.bias_correction!r}, accepted: 'clock', 'row'"
             )
 
-    def _native(self) -> dict[str, Any]:
+    def native(self) -> dict[str, Any]:
+        """Return the name of the struct for this bias correction, and its fields."""
         by_touches = "_by_touches" if self.bias_correction == "row" else ""
         return {
             "optimizer": self._name + by_touches,
-            "eps": self.eps,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
+            "optimizer_fields": {"eps": self.eps, "beta1": self.beta1, "beta2": self.beta2},
         }
 
 
@@ -249,8 +258,7 @@ class PartialRowwiseAdam(_Adam):
 class NoDecay(Decay):
     """Factor 1: the plain optimizer."""
 
-    def _native(self) -> dict[str, Any]:
-        return {"decay": "none"}
+    _name = "none"
 
 
 @dataclass(frozen=True)
@@ -265,16 +273,11 @@ class LinearClipped(Decay):
     alpha: float
     min_shrinkage: float = 0.1
 
+    _name = "linear_clipped"
+
     def __post_init__(self) -> None:
         self._check("alpha")
         self._check("min_shrinkage", high=1.0)
-
-    def _native(self) -> dict[str, Any]:
-        return {
-            "decay": "linear_clipped",
-            "alpha": self.alpha,
-            "min_shrinkage": self.min_shrinkage,
-        }
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,8 @@ class CumulativeLinear(Decay):
     alpha: float | None = None
     half_life: float | None = None
 
+    _name = "cumulative_linear"
+
     def __post_init__(self) -> None:
         _exactly_one(self, "alpha", "half_life")
 
@@ -300,11 +305,11 @@ class CumulativeLinear(Decay):
         """Return the default without an epoch signal: half-life 0.3 of an epoch."""
         return cls(half_life=0.3 * number("steps_per_epoch", steps_per_epoch, low_open=True))
 
-    def _native(self) -> dict[str, Any]:
+    def _fields(self) -> dict[str, Any]:
         if self.half_life is not None:
             square = max(self.half_life**2, 1e-300)  # whatever is shorter forgets all at once
-            return {"decay": "cumulative_linear", "alpha": 2 * math.log(2) / square}
-        return {"decay": "cumulative_linear", "alpha": self.alpha}
+            return {"alpha": 2 * math.log(2) / square}
+        return {"alpha": self.alpha}
 
     def __repr__(self) -> str:
         return _repr_given(self)
@@ -325,15 +330,13 @@ class Exponential(Decay):
     weight_decay: float | None = None
     half_life: float | None = None
 
+    _name = "exponential"
+
     def __post_init__(self) -> None:
         _exactly_one(self, "weight_decay", "half_life")
 
-    def _native(self) -> dict[str, Any]:
-        return {
-            "decay": "exponential",
-            "weight_decay": self.weight_decay or 0.0,
-            "half_life": self.half_life or 0.0,
-        }
+    def _fields(self) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay or 0.0, "half_life": self.half_life or 0.0}
 
     def __repr__(self) -> str:
         return _repr_given(self)
@@ -349,11 +352,10 @@ class Constant(Decay):
 
     weight_decay: float
 
+    _name = "constant"
+
     def __post_init__(self) -> None:
         self._check("weight_decay")
-
-    def _native(self) -> dict[str, Any]:
-        return {"decay": "constant", "weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True)
@@ -381,8 +383,9 @@ class EpochGated(Decay):
         half_life = 0.05 * number("steps_per_epoch", steps_per_epoch, low_open=True)
         return cls(CumulativeLinear(half_life=half_life))
 
-    def _native(self) -> dict[str, Any]:
-        return {**self.decay._native(), "epoch_gated": True}
+    def native(self) -> dict[str, Any]:
+        """Return the inner decay's, with the gate."""
+        return {**self.decay.native(), "epoch_gated": True}
 
 
 @dataclass(frozen=True)
@@ -393,8 +396,7 @@ class EpochReset(Decay):
     initial value is zero.
     """
 
-    def _native(self) -> dict[str, Any]:
-        return {"decay": "epoch_reset"}
+    _name = "epoch_reset"
 
 
 @dataclass(frozen=True)
@@ -405,8 +407,7 @@ class Nearest(Rounding):
     same weight. Use :class:`Stochastic` there.
     """
 
-    def _native(self) -> dict[str, Any]:
-        return {"rounding": "nearest"}
+    _name = "nearest"
 
 
 @dataclass(frozen=True)
@@ -422,6 +423,8 @@ class Stochastic(Rounding):
 
     seed: int = 0
 
+    _name = "stochastic"
+
     def __post_init__(self) -> None:
         error = f"seed: got {self.seed!r}, accepted: an integer from 0 to 2**64 - 1"
         try:
@@ -434,9 +437,6 @@ class Stochastic(Rounding):
         if not 0 <= seed < 2**64:
             raise ValueError(error)
         object.__setattr__(self, "seed", seed)
-
-    def _native(self) -> dict[str, Any]:
-        return {"rounding": "stochastic", "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -463,7 +463,7 @@ class RowUpdate:
                 raise TypeError(
                     f"{name}: got {given!r}, accepted: an instance of coldrow.{kind.__name__}"
                 )
-            if type(given)._native is kind._native:
+            if not given._name and type(given).native is _Policy.native:
                 raise TypeError(
                     f"{name}: got {given!r}, accepted: one of coldrow's or one made by coldrow.jit "
                     "(a subclass in Python has no kernel)"
@@ -487,15 +487,7 @@ class RowUpdate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the composition as plain values (for checkpoints)."""
-
-        def plain(policy: Any) -> dict[str, Any]:
-            if hasattr(policy, "_described"):  # compiled from source
-                return dict(policy._described())
-            fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
-            values = {k: plain(v) if isinstance(v, _Policy) else v for k, v in fields.items()}
-            return {"policy": type(policy).__name__, **values}
-
-        return plain(self)
+        return _plain(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> RowUpdate:
@@ -533,6 +525,15 @@ def restored_by(name: str, restore: Callable[[Mapping[str, Any]], Any]) -> None:
     _RESTORED_BY[name] = restore
 
 
+def _plain(dataclass: Any) -> dict[str, Any]:
+    """Return the name and the fields of a policy, or of a composition of some."""
+    values = {f.name: getattr(dataclass, f.name) for f in dataclasses.fields(dataclass)}
+    return {
+        "policy": type(dataclass).__name__,
+        **{k: v.described() if isinstance(v, _Policy) else v for k, v in values.items()},
+    }
+
+
 def is_epoch_aware(update: RowUpdate) -> bool:
     """Return whether the update's decay depends on where an epoch began."""
     return isinstance(update.decay, (EpochGated, EpochReset))
@@ -560,9 +561,9 @@ def _repr_given(policy: Any) -> str:
 def native_arguments(update: RowUpdate) -> dict[str, Any]:
     """Return what the compiled form of an update is made of."""
     return {
-        **update.optimizer._native(),
-        **update.decay._native(),
-        **update.rounding._native(),
+        **update.optimizer.native(),
+        **update.decay.native(),
+        **update.rounding.native(),
         "decay_state": update.decay_state,
     }
 

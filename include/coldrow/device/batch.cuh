@@ -9,6 +9,7 @@
 #include "../table/batch.hpp"
 #include "../table/table.hpp"
 #include "launch.cuh"
+#include "report.hpp"
 
 COLDROW_BEGIN
 
@@ -27,21 +28,19 @@ struct Integers {
   }
 };
 
-// Storage types where they are known at run time only.
-enum class NumericType : std::int32_t { float32, float16, bfloat16 };
+using coldrow::NumericType;
 
-COLDROW_HD constexpr int size_of(NumericType type) { return type == NumericType::float32 ? 4 : 2; }
-
-// Calls f with a value of the type.
-template <class F>
+// Calls f with a zero of the type.
+template <int From = 0, class F>
 __device__ __forceinline__ void with_type(NumericType type, const F& f) {
-  if (type == NumericType::float32) {
-    f(float{});
-  } else if (type == NumericType::float16) {
-    f(half{});
-  } else {
-    f(coldrow::bfloat16{});
+  using T = StoredTypes::At<From>;
+  if constexpr (From + 1 < StoredTypes::size) {
+    if (type != kNumericType<T>) {
+      with_type<From + 1>(type, f);
+      return;
+    }
   }
+  f(T{});
 }
 
 // A table as those kernels see it that do not update it.
@@ -97,40 +96,6 @@ struct Batch {
 };
 
 // ---------------------------------------------------------------------------------------- report
-
-// Why a batch was refused; the first values are those of BatchProblem. Of several problems of a batch
-// the lowest kind counts, and of those the one that comes first.
-enum class Refusal : std::int32_t {
-  none,
-  offsets_start,      // offsets[0] is not 0
-  offsets_decrease,   // position: in offsets
-  offsets_end,        // the last offset is not the number of indices
-  index_range,        // position: in indices
-  step_range,         // value: of the clock, after which there is no step, or which is below 0
-  lr_range,           // position: of the table; lr is negative, not finite or beyond float32
-  epoch_start_range,  // not in [0, 2^31 - 1]
-  stale_row,          // position: row; value: its prev_iter, which is not before the step
-  nonfinite_row,      // position: row
-};
-
-// Where the device says what it found: memory of the caller's, all zeros at first. It is read at a
-// check point of the caller's choice. After reading a refusal set kind to none for the next one.
-struct Report {
-  unsigned long long found;  // about the batch at work: kNothing, or what pack() makes
-  unsigned long long rows;   // of the batch at work: rows that a check pass found to be refused
-  // The first batch refused since kind was none.
-  Refusal kind;
-  std::int32_t feature;  // index_range
-  std::int32_t table;    // index_range, lr_range, stale_row, nonfinite_row
-  std::int64_t position, value;
-  std::int64_t batch;           // which: counted by begin_batch(), from 1
-  unsigned long long bad_rows;  // how many rows were refused (stale_row, nonfinite_row)
-  std::int64_t positions;       // of the batch
-  // Totals.
-  std::int64_t batches;
-  std::int64_t refused;               // calls of finish() for a refused batch
-  unsigned long long nonfinite_rows;  // left alone under OnNonfinite::skip; see finish_batch()
-};
 
 inline constexpr unsigned long long kNothing = ~0ull;
 

@@ -4,9 +4,10 @@
 //   backward   begin_batch, check_batch, prepare_updates, segment, sum_long_runs,
 //              [apply with a checking Pass], apply per Update type, finish_batch with the clock
 //
-// The host gives memory and sizes and waits for nothing.
+// The host gives memory and sizes and waits for nothing. table_batch.cuh has this sequence as calls.
 #pragma once
 
 #include "apply.cuh"
 #include "lookup.cuh"
 #include "sort.cuh"
+#include "table_batch.cuh"

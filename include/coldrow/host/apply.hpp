@@ -51,12 +51,6 @@ struct RowGradient {
   const float* grad;
 };
 
-// Rows are updated a few at a time, so that the driver need not be compiled for every update, and what
-// a row needs but once is computed for all of them in vectors. Their summed gradients wait in a scratch
-// area that stays in the first-level cache.
-inline constexpr int kChunkRows = 16;
-inline constexpr int kChunkFloats = 4096;
-
 // Updates rows, no row twice, or with Pass::check finds what would have to be refused.
 template <class Update>
 void update_rows(const Update& update,

@@ -8,11 +8,6 @@ COLDROW_BEGIN
 
 namespace host {
 
-// How many positions ahead of its use a row, or the state of one, is fetched.
-inline constexpr std::int64_t kLookupDistance = 64;
-inline constexpr std::int64_t kStateDistance = 128;
-inline constexpr std::int64_t kOutDistance = 8;  // in bags
-
 // Some bags of one feature.
 template <Numeric Weight, class Index>
 struct Bags {

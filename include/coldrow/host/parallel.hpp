@@ -5,7 +5,7 @@
 // depends on the number of threads.
 #pragma once
 
-#include "../numeric/math.hpp"
+#include "tuning.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -68,9 +68,6 @@ class Workspace {
   unsigned char* base_;
   std::size_t used_ = 0;
 };
-
-// Rows are fetched this many indices before they are needed.
-inline constexpr std::int64_t kPrefetchDistance = 64;
 
 // Fetches `bytes` bytes (known when compiling, or not) into the second-level cache. For what lies far
 // apart that is much better than the first: it waits for many more lines at once (on Zen 4 a gather of

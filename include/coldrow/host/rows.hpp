@@ -4,14 +4,16 @@
 #pragma once
 
 #include "../policy/any_decay.hpp"
+#include "../policy/builtin.hpp"
+#include "../table/any.hpp"
 #include "apply.hpp"
 
 COLDROW_BEGIN
 
 namespace host {
 
-inline constexpr int kMaxScalars = 4;
-inline constexpr int kMaxVectors = 4;
+using coldrow::kMaxScalars;
+using coldrow::kMaxVectors;
 
 // One table and one step's update of it, as plain values. (Its layout is that of every build of the
 // same version of these headers.)
@@ -25,7 +27,7 @@ struct RowsSpec {
   ElementKey origin;
   const void* optimizer;  // the policy's struct
   AnyDecay decay;
-  std::uint64_t seed;  // of stochastic rounding
+  const void* rounding;  // the policy's struct; of one without fields it is not read
   double lr;
   std::int32_t step, epoch_start;
   bool decay_state;
@@ -54,7 +56,9 @@ struct RowsKernel {
     RowsKernel kernel;
     kernel.make = [](const RowsSpec& s, void* made) {
       Rounding rounding{};
-      if constexpr (requires { rounding.seed; }) rounding.seed = s.seed;
+      if constexpr (!std::is_empty_v<Rounding>) {
+        rounding = *static_cast<const Rounding*>(s.rounding);
+      }
       auto update = Update::at(s.step, s.lr, *static_cast<const Optimizer*>(s.optimizer), s.decay,
                                rounding, s.decay_state, s.epoch_start);
       update.on_nonfinite = s.on_nonfinite;
@@ -81,26 +85,32 @@ struct RowsKernel {
   }
 };
 
-// The compositions of one optimizer: every stored type with both roundings. (float32 is stored
-// unrounded.)
+// The compositions of one optimizer: every stored type with every rounding.
 struct OptimizerKernels {
   int scalar_states, vector_states;
   const char* state_names[kMaxScalars + kMaxVectors];
-  RowsKernel f32, f16_nearest, f16_stochastic, bf16_nearest, bf16_stochastic;
+  // By NumericType, then by the rounding's number.
+  RowsKernel of_type[StoredTypes::size][BuiltinRoundings::size];
+
+  template <Numeric Weight, RoundingPolicy Rounding>
+  constexpr const RowsKernel& of_pair() const {
+    return of_type[StoredTypes::number<Weight>][BuiltinRoundings::number<Rounding>];
+  }
 
   template <OptimizerPolicy Optimizer>
   static constexpr OptimizerKernels of() {
-    OptimizerKernels k{Optimizer::scalar_states,
-                       Optimizer::vector_states,
-                       {},
-                       RowsKernel::of<float, Optimizer, Nearest>(),
-                       RowsKernel::of<half, Optimizer, Nearest>(),
-                       RowsKernel::of<half, Optimizer, Stochastic>(),
-                       RowsKernel::of<bfloat16, Optimizer, Nearest>(),
-                       RowsKernel::of<bfloat16, Optimizer, Stochastic>()};
+    OptimizerKernels k{Optimizer::scalar_states, Optimizer::vector_states, {}, {}};
     for (int i = 0; i < k.scalar_states + k.vector_states; ++i) {
       k.state_names[i] = state_name<Optimizer>(i);
     }
+    StoredTypes::for_each([&](auto weight) {
+      BuiltinRoundings::for_each([&](auto rounding) {
+        using Weight = typename decltype(weight)::type;
+        using Rounding = typename decltype(rounding)::type;
+        k.of_type[StoredTypes::number<Weight>][BuiltinRoundings::number<Rounding>] =
+            RowsKernel::of<Weight, Optimizer, RoundingOf<Weight, Rounding>>();
+      });
+    });
     return k;
   }
 };

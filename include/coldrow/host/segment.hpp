@@ -35,7 +35,6 @@ struct WideEntry {
   float scale;
 };
 
-inline constexpr int kDigitBits = 11;
 inline constexpr int kDigits = 1 << kDigitBits;
 inline constexpr int kMaxPasses = 6;                                         // over keys of 63 bits
 inline constexpr std::int64_t kCounts = std::int64_t{kMaxPasses} * kDigits;  // a thread's counters
@@ -131,7 +130,7 @@ Entry* sort_lookups(const Lookups<Index>& lookups, int bits, int threads, Entry*
     if constexpr (requires { e.scale = scale; }) e.scale = scale;
     return e;
   };
-  if (n <= 48) {  // insertion sort: stable, and quicker than clearing the counters
+  if (n <= kInsertionSort) {  // (stable too)
     std::int64_t i = 0;
     lookups.for_each(0, n, [&](std::int64_t key, std::int64_t out_row, float scale) {
       const Entry e = make(key, out_row, scale);

@@ -12,11 +12,18 @@
 //     float first_touch(float lr) const;
 //         the factor for a row never touched before; without it, (*this)(1, lr).
 //
+// One that is built in stands in the list at the end of this file, and has two members more by which it
+// is known at run time (policy/builtin.hpp):
+//     static constexpr const char* name;
+//     template <class Self, class F> static constexpr void fields(Self& self, const F& f);
+//         calls f(field's name, self.field) for each parameter.
+//
 // A read before step t evaluates the policy prepared as of step t-1 with gap t-1 - prev_iter: what
 // a dense optimizer would have charged by the end of step t-1.
 #pragma once
 
 #include "../numeric/math.hpp"
+#include "../numeric/type_list.hpp"
 
 COLDROW_BEGIN
 
@@ -88,6 +95,10 @@ COLDROW_HOST_INLINE void visit(const D& decay, const F& f) {
 
 // No decay: the plain optimizer.
 struct NoDecay {
+  static constexpr const char* name = "none";
+  template <class Self, class F>
+  static constexpr void fields(Self&, const F&) {}
+
   COLDROW_HD float operator()(std::int32_t, float) const { return 1.0f; }
 };
 
@@ -97,6 +108,13 @@ struct NoDecay {
 struct LinearClipped {
   float alpha = 0.0f;
   float min_shrinkage = 0.1f;
+
+  static constexpr const char* name = "linear_clipped";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("alpha", self.alpha);
+    f("min_shrinkage", self.min_shrinkage);
+  }
 
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
     const float rate = lr * alpha;
@@ -129,6 +147,12 @@ struct CumulativeLinear {
   double alpha = 0.0;
   const float* table = nullptr;
   std::int32_t size = 0;
+
+  static constexpr const char* name = "cumulative_linear";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("alpha", self.alpha);
+  }
 
   static constexpr double kSeriesBelow = 1e-8;
 
@@ -201,6 +225,13 @@ struct Exponential {
   double weight_decay = 0.0;
   double half_life = 0.0;
 
+  static constexpr const char* name = "exponential";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("weight_decay", self.weight_decay);
+    f("half_life", self.half_life);
+  }
+
   COLDROW_HD ExponentialAtStep prepare(std::int32_t, double lr, std::int32_t) const {
     if (half_life > 0.0) return {-1.0 / half_life};
     const double charge = lr * weight_decay;
@@ -215,6 +246,13 @@ struct Exponential {
 // max(0, 1 - lr*weight_decay) whatever the gap: decoupled weight decay on touched rows only.
 struct Constant {
   float weight_decay = 0.0f;
+
+  static constexpr const char* name = "constant";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("weight_decay", self.weight_decay);
+  }
+
   COLDROW_HD float operator()(std::int32_t gap, float lr) const {
     return gap <= 0 ? 1.0f : max_of(1.0f - lr * weight_decay, 0.0f);
   }
@@ -252,6 +290,11 @@ struct EpochGated {
 // Source of the idea: multi-epoch training with re-initialised embeddings (MEDA).
 struct EpochReset {
   EpochGate gate{};
+
+  static constexpr const char* name = "epoch_reset";
+  template <class Self, class F>
+  static constexpr void fields(Self&, const F&) {}
+
   COLDROW_HD EpochReset prepare(std::int32_t step, double, std::int32_t epoch_start) const {
     return {EpochGate::at(step, epoch_start)};
   }
@@ -260,5 +303,9 @@ struct EpochReset {
   }
   COLDROW_HD float first_touch(float) const { return 1.0f; }
 };
+
+// The built-in decays: those that the Python module knows. The first is AnyDecay's default.
+using BuiltinDecays =
+    TypeList<NoDecay, LinearClipped, CumulativeLinear, Exponential, Constant, EpochReset>;
 
 COLDROW_END

@@ -19,9 +19,13 @@
 //     static constexpr bool elements_finite = true;
 //         element() is finite wherever row().finite() and its input are. Without it the row update
 //         evaluates every element once more before it writes, and skips a row with one that is not.
+//
+// One that is built in stands in the list at the end of this file, and has a name and fields() as a
+// built-in decay has (policy/decay.hpp).
 #pragma once
 
 #include "../numeric/math.hpp"
+#include "../numeric/type_list.hpp"
 
 COLDROW_BEGIN
 
@@ -93,6 +97,10 @@ struct RowMultiplier {
 // Stochastic gradient descent, no state.
 //     w -= lr * g
 struct SGD {
+  static constexpr const char* name = "sgd";
+  template <class Self, class F>
+  static constexpr void fields(Self&, const F&) {}
+
   static constexpr int scalar_states = 0;
   static constexpr int vector_states = 0;
   static constexpr bool elements_finite = true;
@@ -109,6 +117,13 @@ struct SGD {
 struct RowwiseRMSprop {
   float eps = 1e-8f;
   float ema_beta = 0.99f;
+
+  static constexpr const char* name = "rowwise_rmsprop";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("eps", self.eps);
+    f("ema_beta", self.ema_beta);
+  }
 
   static constexpr int scalar_states = 1;
   static constexpr int vector_states = 0;
@@ -130,6 +145,12 @@ struct RowwiseRMSprop {
 struct RowwiseAdagrad {
   float eps = 1e-8f;
 
+  static constexpr const char* name = "rowwise_adagrad";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("eps", self.eps);
+  }
+
   static constexpr int scalar_states = 1;
   static constexpr int vector_states = 0;
   static constexpr const char* state_name(int) { return "momentum1"; }
@@ -149,6 +170,12 @@ struct RowwiseAdagrad {
 // Source: Duchi, Hazan & Singer (JMLR 2011), as torch.optim.Adagrad has it.
 struct Adagrad {
   float eps = 1e-10f;
+
+  static constexpr const char* name = "adagrad";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("eps", self.eps);
+  }
 
   static constexpr int scalar_states = 0;
   static constexpr int vector_states = 1;
@@ -227,6 +254,14 @@ struct Adam {
   double beta1 = 0.9;
   double beta2 = 0.999;
 
+  static constexpr const char* name = Bias == BiasCorrection::row ? "adam_by_touches" : "adam";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("eps", self.eps);
+    f("beta1", self.beta1);
+    f("beta2", self.beta2);
+  }
+
   static constexpr int scalar_states = Bias == BiasCorrection::row ? 1 : 0;
   static constexpr int vector_states = 2;
   static constexpr const char* state_name(int i) {
@@ -264,6 +299,15 @@ struct PartialRowwiseAdam {
   double beta1 = 0.9;
   double beta2 = 0.999;
 
+  static constexpr const char* name =
+      Bias == BiasCorrection::row ? "partial_rowwise_adam_by_touches" : "partial_rowwise_adam";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("eps", self.eps);
+    f("beta1", self.beta1);
+    f("beta2", self.beta2);
+  }
+
   static constexpr int scalar_states = Bias == BiasCorrection::row ? 2 : 1;
   static constexpr int vector_states = 1;
   static constexpr const char* state_name(int i) {
@@ -291,5 +335,12 @@ struct PartialRowwiseAdam {
     return {beta1, beta2, eps, step, lr};
   }
 };
+
+// The built-in optimizers: those that the Python module knows. (CMake counts the entries: each is compiled
+// for devices in a file of its own.)
+using BuiltinOptimizers =
+    TypeList<SGD, RowwiseRMSprop, RowwiseAdagrad, Adagrad, Adam<BiasCorrection::clock>,
+             Adam<BiasCorrection::row>, PartialRowwiseAdam<BiasCorrection::clock>,
+             PartialRowwiseAdam<BiasCorrection::row>>;
 
 COLDROW_END

@@ -26,6 +26,10 @@ struct ElementKey {
 // Round to nearest, ties to even. In 16 bits a factor close to 1 is lost: bfloat16 keeps 8
 // significant bits, so any decay above about 1 - 2^-9 rounds back to the same weight.
 struct Nearest {
+  static constexpr const char* name = "nearest";
+  template <class Self, class F>
+  static constexpr void fields(Self&, const F&) {}
+
   static constexpr bool needs_random = false;
   template <Numeric W>
   COLDROW_HD W round(float x, std::uint32_t) const {
@@ -40,6 +44,12 @@ struct Nearest {
 // whatever the threads, ranks or device.
 struct Stochastic {
   std::uint64_t seed = 0;
+
+  static constexpr const char* name = "stochastic";
+  template <class Self, class F>
+  static constexpr void fields(Self& self, const F& f) {
+    f("seed", self.seed);
+  }
 
   static constexpr bool needs_random = true;
   template <Numeric W>
@@ -109,5 +119,12 @@ concept RoundingPolicy = std::is_trivially_copyable_v<R> &&
                            { r.template round<bfloat16>(0.0f, 0u) } -> std::same_as<bfloat16>;
                            r.template random<4>(key, std::int64_t{0}, bits);
                          };
+
+// The built-in roundings: those that the Python module knows.
+using BuiltinRoundings = TypeList<Nearest, Stochastic>;
+
+// The rounding that stores a W where R is asked for: float32 is stored unrounded.
+template <Numeric W, RoundingPolicy R>
+using RoundingOf = std::conditional_t<std::same_as<W, float>, Nearest, R>;
 
 COLDROW_END

@@ -95,6 +95,9 @@ COLDROW_HD void read_factors(const Decay& decay, std::int64_t step,
   factors_at(decay, static_cast<std::int32_t>(step - 1), prev_iter, lr, 1.0f, factor);
 }
 
+// The update of one step, as a function of a row. It is a plain value: made by at(), constant from then on,
+// without memory of its own. So threads may share one, or copy it, without any lock; what they must not
+// share at one time is a row. (A decay's table, CumulativeLinear's, is only read.)
 template <Numeric Weight, Numeric Grad, OptimizerPolicy Optimizer, DecayPolicy Decay,
           RoundingPolicy Rounding>
 struct RowUpdate {

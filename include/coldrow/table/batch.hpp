@@ -10,7 +10,8 @@
 
 #include "../platform.hpp"
 
-COLDROW_BEGIN
+// (Outside the namespace of a build: plain structs that several builds hand each other.)
+namespace coldrow {
 
 struct Feature {
   std::int32_t table;
@@ -21,6 +22,19 @@ struct Feature {
   std::int64_t out_offset, out_stride;  // output row r starts at element
                                         // out_offset + (r - first_row) * out_stride
 };
+
+// The first thing wrong with a batch, if any.
+struct BatchProblem {
+  enum Kind : std::int32_t { none, offsets_start, offsets_decrease, offsets_end, index_range };
+  Kind kind = none;
+  std::int64_t position = -1;  // in offsets or indices
+  std::int64_t value = 0;
+  std::int32_t feature = -1;
+};
+
+}  // namespace coldrow
+
+COLDROW_BEGIN
 
 template <class Index>
 struct Batch {
@@ -37,15 +51,6 @@ struct Batch {
   std::int64_t bag_begin(std::int64_t bag) const {
     return offsets == nullptr ? bag : static_cast<std::int64_t>(offsets[bag]);
   }
-};
-
-// The first thing wrong with a batch, if any.
-struct BatchProblem {
-  enum Kind : std::int32_t { none, offsets_start, offsets_decrease, offsets_end, index_range };
-  Kind kind = none;
-  std::int64_t position = -1;  // in offsets or indices
-  std::int64_t value = 0;
-  std::int32_t feature = -1;
 };
 
 template <class Index>

@@ -482,6 +482,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             taken = True
             self.current(tables)
             tables.counters.next_step()
+            self.stepping()
             mark = self._mark(f"update, scale {self.grad_scale}")
             if self.grad_scale != 1.0:
                 grad = grad.float() / number("grad_scale", self.grad_scale, low_open=True)

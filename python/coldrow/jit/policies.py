@@ -205,7 +205,7 @@ class _Compiled:
     def _repr_values(self) -> _Params:
         return self.params
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """Return plain values, for checkpoints."""
         return {
             "policy": type(self).__name__,
@@ -223,9 +223,14 @@ class JitDecay(_Compiled, Decay):
     source: _Source
     params: _Params
 
-    def _native(self) -> dict[str, Any]:
+    def native(self) -> dict[str, Any]:
+        """Return the struct's bytes, and where its functions are."""
         address, policy = self._functions()
-        return {"decay": "external", "external_decay": address, "decay_policy": policy}
+        return {
+            "decay": self.source.name,
+            "decay_fields": policy,
+            "decay_functions": address,
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -236,9 +241,14 @@ class JitOptimizer(_Compiled, Optimizer):
     params: _Params
     lr: float = 0.01
 
-    def _native(self) -> dict[str, Any]:
+    def native(self) -> dict[str, Any]:
+        """Return the struct's bytes, and where its functions are."""
         address, policy = self._functions()
-        return {"optimizer": "external", "external_optimizer": address, "optimizer_policy": policy}
+        return {
+            "optimizer": self.source.name,
+            "optimizer_fields": policy,
+            "optimizer_functions": address,
+        }
 
     def _repr_values(self) -> _Params:
         return (("lr", self.lr), *self.params)
@@ -312,7 +322,7 @@ def optimizer(
 
 
 def restored(described: Mapping[str, Any]) -> _Compiled:
-    """Return the policy that ``_described()`` described, if this process has made one of its source.
+    """Return the policy that ``described()`` described, if this process has made one of its source.
 
     A checkpoint's code is never run on the checkpoint's word.
     """

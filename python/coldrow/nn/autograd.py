@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from coldrow._backends.protocol import DeviceMoment
 from coldrow.nn.table_batch import TableBatch, counts_of
@@ -52,6 +51,9 @@ class Owner(Protocol):
     def current(self, tables: TableBatch) -> TableBatch:
         """Return the tables as they are trained now, or raise where they are others than these."""
 
+    def stepping(self) -> None:
+        """Say what is to be said before a step; whatever raises here has changed nothing."""
+
     def stepped(self) -> None:
         """Take note of a step that was done."""
 
@@ -63,6 +65,41 @@ def require_unwritten(versions: tuple[int, ...], tables: TableBatch) -> None:
             "the tables were written to between forward and backward, so the gradient of "
             "per_sample_weights can no longer be computed"
         )
+
+
+class _Once(torch.autograd.Function):
+    """The identity, through which no gradient flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, needed: Tensor) -> Tensor:
+        """Return the tensor; ``needed`` requires grad so that autograd calls the backward."""
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Refuse."""
+        raise RuntimeError(
+            "double backward through a lookup: accepted: gradients of the first order (the gradient of "
+            "per_sample_weights depends on the tables, and the tables on what was read)"
+        )
+
+
+def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Return a backward whose results, under ``create_graph=True``, refuse a second one.
+
+    (torch's once_differentiable refuses only where the incoming gradient requires grad.)
+    """
+
+    def refusing(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        create_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            gradients = backward(ctx, grad)
+        if not create_graph:
+            return gradients
+        needed = torch.empty(0, device=grad.device, requires_grad=True)
+        return tuple([g if g is None or g.is_sparse else _Once.apply(g, needed) for g in gradients])
+
+    return refusing
 
 
 # What no gradient flows to, in one argument: for each autograd takes its time.
@@ -85,7 +122,7 @@ class FusedLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Update the tables; return the gradient of per_sample_weights."""
         # (Gradients are off here unless there is create_graph=True; switching them off takes 3 us.)
-        return update_once(ctx, grad) if torch.is_grad_enabled() else update(ctx, grad)
+        return once(update)(ctx, grad) if torch.is_grad_enabled() else update(ctx, grad)
 
 
 def update(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,6 +139,8 @@ def update(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.needs_input_grad[1]:
             require_unwritten(ctx.versions, tables)
             weights_grad = tables.weight_gradients(ctx.moment, indices, offsets, grad)
+        if ticket is not None and owner is not None:
+            owner.stepping()
     except BaseException:
         if ticket is not None:
             ticket.give_back()
@@ -111,9 +150,6 @@ def update(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if owner is not None:
             owner.stepped()
     return None, weights_grad, None
-
-
-update_once = once_differentiable(update)
 
 
 class SparseLookup(torch.autograd.Function):
@@ -128,7 +164,7 @@ class SparseLookup(torch.autograd.Function):
         return tables.lookup(moment, indices, offsets, weights)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of per_sample_weights and of the tables."""
         tables, moment = ctx.tables, ctx.moment

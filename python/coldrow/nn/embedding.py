@@ -129,14 +129,37 @@ class _OneTable(nn.Module):
         """Leave out what refers to ``padding_idx``, so that it is neither read nor trained."""
         if self.padding_idx is None:
             return indices, offsets, weights
-        count = indices.numel()
-        if not is_traced() and bool(((offsets < 0) | (offsets > count)).any()):
-            raise ValueError(f"offsets: got {offsets.tolist()}, accepted: 0 to {count}")
+        if not is_traced():  # (what is left is checked by the kernels, in numbers of its own)
+            self._require_batch(indices, offsets)
         kept = indices != self.padding_idx
         before = torch.cat(
             [kept.new_zeros(1, dtype=offsets.dtype), kept.cumsum(0).to(offsets.dtype)]
         )
         return indices[kept], before[offsets], None if weights is None else weights[kept]
+
+    def _require_batch(self, indices: Tensor, offsets: Tensor) -> None:
+        """Raise for indices and offsets that are not accepted, in the caller's numbers."""
+        count = indices.numel()
+        if int(offsets[0]) != 0:
+            raise ValueError(f"offsets: starts with {int(offsets[0])}, accepted: 0")
+        falls = offsets.diff() < 0
+        if bool(falls.any()):
+            at = int(falls.nonzero()[0]) + 1
+            raise ValueError(
+                f"offsets: falls to {int(offsets[at])} at position {at}, accepted: offsets that never "
+                "decrease"
+            )
+        if int(offsets[-1]) != count:
+            raise ValueError(
+                f"offsets: ends with {int(offsets[-1])}, accepted: the number of indices, {count}"
+            )
+        outside = (indices < 0) | (indices >= self.num_embeddings)
+        if bool(outside.any()):
+            at = int(outside.nonzero()[0])
+            raise IndexError(
+                f"indices: got {int(indices[at])} at position {at} of table 'weight', accepted: 0 to "
+                f"{self.num_embeddings - 1}"
+            )
 
     def _integers(self, name: str, value: Any) -> None:
         """Refuse what is no array of row numbers where the table lies."""
@@ -234,7 +257,16 @@ class EmbeddingBag(_OneTable):
             charge=charge,
             **options,
         )
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.include_last_offset = include_last_offset
+
+    @property
+    def mode(self) -> str:
+        """How the rows of a bag become one: "sum" or "mean"; assignable."""
+        return self.table.pooling
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        self.table.pooling = one_of("mode", value, ("sum", "mean"))
 
     @classmethod
     def from_pretrained(
@@ -292,7 +324,9 @@ class EmbeddingBag(_OneTable):
             raise ValueError(f"offsets: got {got}, accepted: [B] with 1-D input")
         elif not self.include_last_offset:
             offsets = torch.cat([offsets, offsets.new_full((1,), input.numel())])
-        offsets = offsets.to(input.dtype)
+        if offsets.dtype != input.dtype:
+            # The wider of the two: a narrowed offset could pass for a good one.
+            input, offsets = input.long(), offsets.long()
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         return self._look_up(*self._without_padding(input.reshape(-1), offsets, weights))
 
@@ -382,7 +416,8 @@ class Embedding(_OneTable):
         """
         self._integers("input", input)
         flat = input.reshape(-1)
-        indices, _, _ = self._without_padding(flat, flat.new_zeros(1), None)
+        whole = flat.new_tensor([0, flat.numel()]) if self.padding_idx is not None else flat
+        indices, _, _ = self._without_padding(flat, whole, None)
         offsets = torch.arange(indices.numel() + 1, dtype=indices.dtype, device=indices.device)
         rows = self._look_up(indices, offsets)
         if self.padding_idx is not None:
@@ -393,6 +428,8 @@ class Embedding(_OneTable):
 
 
 def _pretrained(embeddings: Tensor) -> tuple[int, int]:
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"embeddings: got {type(embeddings).__name__}, accepted: a tensor [E, D]")
     if embeddings.dim() != 2:
         raise ValueError(f"embeddings: got {list(embeddings.shape)}, accepted: [E, D]")
     return embeddings.shape[0], embeddings.shape[1]

@@ -317,6 +317,7 @@ class TableBatchedEmbeddingBags(TablesModule):
                 "step(): these tables are updated by backward; build with fused=False"
             )
         tables = self.table_batch
+        self.stepping()
         tables.step([p.grad for p in tables.weights])
         self.stepped()
 

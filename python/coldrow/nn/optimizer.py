@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coldrow._checks import LAST_STEP, integer, number
+from coldrow._checks import LAST_STEP, integer, number, require_state_dict
 from coldrow.nn.table_batch import TableBatch
 
 
@@ -111,6 +111,7 @@ class TablesOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups, tables or state that do not fit.
         """
+        require_state_dict(state_dict)
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(

@@ -105,13 +105,14 @@ def _problems(
     if assign:
         yield from _unassignable(target, state_dict, prefix)
     own = {key: state_dict.get(prefix + key, tensor) for key, tensor in target.own.items()}
-    for key in ("clock", "epoch_start"):
-        if not 0 <= int(own[key]) <= LAST_STEP:
-            yield f"{prefix}{key}: got {int(own[key])}, accepted: 0 to 2**31 - 1"
+    clock = int(own["clock"])
+    for key, most in (("clock", LAST_STEP), ("epoch_start", clock + 1)):
+        if not 0 <= int(own[key]) <= most:
+            accepted = "2**31 - 1" if key == "clock" else f"the step after the clock, {most}"
+            yield f"{prefix}{key}: got {int(own[key])}, accepted: 0 to {accepted}"
     lr = own["lr"]
     if not bool((lr.isfinite() & (lr >= 0)).all()):
         yield f"{prefix}lr: got {lr.tolist()}, accepted: finite numbers >= 0"
-    clock = int(own["clock"])
     for key, touched in own.items():
         if key.endswith(".prev_iter"):
             low, high = int(touched.min()), int(touched.max())

@@ -23,7 +23,7 @@ from coldrow._backends.protocol import Counters
 from coldrow._backends.registry import kernels_on, require_device
 from coldrow._checks import ON_NONFINITE, listed, one_of
 from coldrow._described import described
-from coldrow.nn import state_dict
+from coldrow.nn import state_dict as checkpoint
 from coldrow.nn.clock import Clocked
 from coldrow.nn.learning_rates import LearningRates
 from coldrow.nn.optimizer import TablesOptimizer
@@ -230,6 +230,12 @@ class TablesModule(Clocked):
         weights = self.weights.tensors()
         replaced = all(isinstance(p, nn.Parameter) for p in weights)
         if replaced and _same([*_values(own["_dicts"][1:])], own["_bound"][len(weights) :]):
+            for table, weight in zip(self.tables, weights, strict=True):
+                if list(weight.shape) != [table.num_rows, table.dim]:
+                    raise ValueError(
+                        f"weights.{table.name}: got {list(weight.shape)}, accepted: "
+                        f"[{table.num_rows}, {table.dim}], as its state has; build another module"
+                    )
             self.rebind()  # tables are others for good
             return self._batch
         # torch.func.functional_call and the like: other arrays for one call.
@@ -397,18 +403,22 @@ class TablesModule(Clocked):
         """Apply gradients that backwards left on the tables."""
         raise NotImplementedError("step(): these tables have no backward")
 
+    def stepping(self) -> None:
+        """Say what is to be said before the first step. (A warning may be made an error.)"""
+        if self._epoch_checked:
+            return
+        aware = any(is_epoch_aware(t.update) for t in self.layout.tables)
+        at = self._batch.counters
+        if aware and not self.epoch_declared and self._kernels.no_epoch(at.epoch_start):
+            warnings.warn(
+                "an epoch-aware decay is in use and new_epoch() was never called: until it is, "
+                "nothing decays",
+                stacklevel=2,
+            )
+        self._epoch_checked = True
+
     def stepped(self) -> None:
         """Take note of a step that was done; the kernels have set the clock."""
-        if not self._epoch_checked:
-            self._epoch_checked = True
-            aware = any(is_epoch_aware(t.update) for t in self.layout.tables)
-            at = self._batch.counters
-            if aware and not self.epoch_declared and self._kernels.no_epoch(at.epoch_start):
-                warnings.warn(
-                    "an epoch-aware decay is in use and new_epoch() was never called: until it is, "
-                    "nothing decays",
-                    stacklevel=2,
-                )
         if self._handle is not None:
             self._handle.mark_stepped()
 
@@ -472,8 +482,14 @@ class TablesModule(Clocked):
         """Load a checkpoint, all of it or nothing; see :mod:`coldrow.nn.state_dict`.
 
         Raises:
+            TypeError: what is no mapping.
             RuntimeError: listing all that is missing, unexpected or does not fit.
         """
+        if not isinstance(state_dict, Mapping):
+            got = type(state_dict).__name__
+            raise TypeError(
+                f"state_dict: got {got}, accepted: a mapping, as state_dict() returns it"
+            )
         self._load_strict = bool(strict)
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -496,14 +512,14 @@ class TablesModule(Clocked):
             for name, tensor in arrays.items()
         }
         counters = {n: b for n, b in self._buffers.items() if n in _SAVED}
-        target = state_dict.Target(
+        target = checkpoint.Target(
             weights={f"weights.{name}": p.detach() for name, p in self.weights.items()},
             own={**own, **counters},  # type: ignore[dict-item]
             policies=self._policies(),
             compare_policies=self.strict_policies and self._load_strict is not False,
         )
         # None: part of a larger model. Then torch loads what is there and raises for the rest if strict.
-        fits = state_dict.load(
+        fits = checkpoint.load(
             target,
             given,
             prefix,

@@ -53,7 +53,9 @@ def clip_grad_norm_(
             continue
         if p.grad.is_sparse:
             p.grad = p.grad.coalesce()
-        values.append(p.grad._values() if p.grad.is_sparse else p.grad)
+        value = p.grad._values() if p.grad.is_sparse else p.grad
+        if value.numel() > 0:  # (of none there is no largest)
+            values.append(value)
     if not values:
         return torch.tensor(0.0)
     norms = torch.stack([torch.linalg.vector_norm(v.float(), norm_type).cpu() for v in values])

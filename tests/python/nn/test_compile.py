@@ -278,12 +278,12 @@ def test_opcheck_and_compiled_apply():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(grad, indices, step, lr):
-        coldrow.apply_(UPDATE, weight, grad, indices, state, step=step, lr=lr, epoch_start=2)
+        coldrow.apply_(UPDATE, weight, grad, indices, state, step=step, lr=lr, epoch_start=1)
 
     for step in range(1, 5):
         grad, indices, lr = torch.randn(3, 4), torch.randint(0, 10, (3,)), torch.tensor(0.1 * step)
         compiled(grad, indices, torch.tensor(step), lr)
-        coldrow.apply_(UPDATE, other[0], grad, indices, other[1], step=step, lr=lr, epoch_start=2)
+        coldrow.apply_(UPDATE, other[0], grad, indices, other[1], step=step, lr=lr, epoch_start=1)
     assert torch.equal(weight, other[0])
     for name, value in state.items():
         assert torch.equal(value, other[1][name])

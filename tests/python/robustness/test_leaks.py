@@ -17,8 +17,10 @@ from coldrow import _core
 E, D, N = 5, 3, 4
 
 def new_update():
-    return _core.Update(optimizer="adam_by_touches", decay="cumulative_linear", alpha=0.5, eps=1e-3,
-                        beta1=0.5, beta2=0.5, rounding="stochastic", seed=1)
+    return _core.Update(optimizer="adam_by_touches", decay="cumulative_linear",
+                        optimizer_fields={"eps": 1e-3, "beta1": 0.5, "beta2": 0.5},
+                        decay_fields={"alpha": 0.5}, rounding="stochastic",
+                        rounding_fields={"seed": 1})
 
 def new_batch():
     return _core.TableBatch(["a", "b"], [1, 2], [0, 1, 0])

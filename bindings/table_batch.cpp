@@ -1,10 +1,12 @@
 // Lookup and update of several tables and features in one call, on the processor.
-#pragma once
-
 #include "call.hpp"
+#include "module.hpp"
 #include "tables.hpp"
 
 namespace coldrow_module {
+namespace {
+
+using namespace nb::literals;
 
 class TableBatch : public Tables {
  public:
@@ -19,7 +21,7 @@ class TableBatch : public Tables {
     locate(call, lrs, read, step, epoch_start);
     const Array o = take_array(out, "out", Access::write);
     require_elements(o, elements(call));
-    const DType out_type = o.numeric();
+    const NumericType out_type = o.numeric();
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
     const Claim claim(memory_of(call), false);
@@ -37,7 +39,7 @@ class TableBatch : public Tables {
     locate(call, lrs, read, step, epoch_start);
     const Array g = take_array(grad, "grad", Access::read);
     require_elements(g, elements(call));
-    const DType grad_type = g.numeric();
+    const NumericType grad_type = g.numeric();
     const Array o = take_weights_gradient(call, out);
     Scratch scratch;
     void* workspace = scratch.reserve(kernels->lookup_bytes(call.batch, read));
@@ -88,7 +90,7 @@ class TableBatch : public Tables {
 
   static std::int64_t elements(const Call& call) {
     std::int64_t count = 0;
-    for (const FeatureArgs& f : call.features) {
+    for (const Feature& f : call.features) {
       count += (call.batch.pooled ? f.bags : f.positions) * f.dim;
     }
     return count;
@@ -97,5 +99,26 @@ class TableBatch : public Tables {
   Scratch scratch_;
   std::mutex busy_;
 };
+
+}  // namespace
+
+void bind_table_batch(nb::module_& m) {
+  nb::class_<TableBatch>(m, "TableBatch", "Tables and features of a table-batched module.")
+      .def(nb::init<std::vector<std::string>, std::vector<std::uint64_t>, std::vector<std::int32_t>,
+                    std::vector<std::int64_t>, std::vector<std::int64_t>>(),
+           "names"_a, "keys"_a, "feature_tables"_a, "row_offsets"_a = std::vector<std::int64_t>(),
+           "col_offsets"_a = std::vector<std::int64_t>())
+      .def("lookup", &TableBatch::lookup, "weights"_a, "prev_iters"_a, "updates"_a, "lrs"_a,
+           "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
+           "batch_sizes"_a.none(), "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "out"_a.none())
+      .def("weight_gradients", &TableBatch::weight_gradients, "weights"_a, "prev_iters"_a,
+           "updates"_a, "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "batch_sizes"_a.none(),
+           "pooling"_a, "read"_a, "step"_a, "epoch_start"_a, "grad"_a.none(), "out"_a.none())
+      .def("update", &TableBatch::update, "weights"_a, "states"_a, "prev_iters"_a, "updates"_a,
+           "lrs"_a, "indices"_a.none(), "offsets"_a.none(), "per_sample_weights"_a.none(),
+           "batch_sizes"_a.none(), "pooling"_a, "step"_a, "epoch_start"_a, "grad"_a.none(),
+           "on_nonfinite"_a, "check_only"_a = false, "clock"_a.none() = nb::none(),
+           "nonfinite"_a.none() = nb::none());
+}
 
 }  // namespace coldrow_module

@@ -1,5 +1,0 @@
-#include "update.cuh"
-
-namespace coldrow_module::cuda {
-const OptimizerUpdates kAdagrad = OptimizerUpdates::of<Adagrad>();
-}  // namespace coldrow_module::cuda

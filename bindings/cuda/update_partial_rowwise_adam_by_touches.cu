@@ -1,6 +1,0 @@
-#include "update.cuh"
-
-namespace coldrow_module::cuda {
-const OptimizerUpdates kPartialRowwiseAdamByTouches =
-    OptimizerUpdates::of<PartialRowwiseAdam<BiasCorrection::row>>();
-}  // namespace coldrow_module::cuda

@@ -1,5 +1,0 @@
-#include "update.cuh"
-
-namespace coldrow_module::cuda {
-const OptimizerUpdates kRowwiseRmsprop = OptimizerUpdates::of<RowwiseRMSprop>();
-}  // namespace coldrow_module::cuda
