@@ -89,7 +89,7 @@ def save(state_dict: Mapping[str, Any], path: str | bytes | os.PathLike[Any]) ->
             else:
                 # (A Python file of our own, so that its errors can be told.)
                 with open(temporary, "wb") as file:
-                    torch.save(dict(state_dict), file)
+                    torch.save({key: _packed(value) for key, value in state_dict.items()}, file)
             with open(temporary, "rb+") as file:
                 _add_digest(file.fileno(), tensors is not None)
                 os.fchmod(file.fileno(), mode)
@@ -311,6 +311,13 @@ def _place_in_zip(file: int) -> int | None:
     ):
         raise _Damaged("the end of the archive is missing")
     return None
+
+
+def _packed(value: Any) -> Any:
+    """Return a tensor without the gaps between its elements, with which torch.save would write it."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+        return value
+    return value if value.is_contiguous() else value.detach().contiguous()
 
 
 def _read_zip(file: Any) -> dict[str, Any]:

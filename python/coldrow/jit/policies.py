@@ -98,6 +98,11 @@ def _check_states(name: str, library: ctypes.CDLL) -> None:
 def _explained(struct: str, mine: str, error: CompileError) -> Exception:
     """Return what to raise: in our words where they are known, else with the compiler's."""
     if isinstance(error, compiler.MissingFieldsError):
+        if "<anonymous>" in error.names:  # all that g++ says of it
+            return TypeError(
+                f"{struct}: has a base class, whose fields may not all be set, accepted: fields of the struct "
+                "itself, or a constructor that sets them"
+            )
         return TypeError(f"{struct}: field {error.names[0]!r} has no default and was not given")
     message = str(error).replace("\u2018", "'").replace("\u2019", "'")
     unknown = re.search(r"has no field '(\w+)'", message)

@@ -95,7 +95,9 @@ concept Has_{f} = requires(P p) {{ p.{f}; }} && (!requires {{ &P::{f}; }} || req
 static_assert(Has_{f}<Policy>, "{name} has no field '{f}'");
 template <class P>
 struct TypeOf_{f} {{ using type = std::remove_cv_t<decltype(P::{f})>; }};
-static_assert(requires(double x) {{ static_cast<TypeOf_{f}<Policy>::type>(x); }},
+template <class T>
+concept Number_{f} = requires(double x, T y) {{ y = static_cast<T>(x); }};
+static_assert(Number_{f}<TypeOf_{f}<Policy>::type>,
               "{name}: field '{f}' cannot be given: it is no number");
 """
 

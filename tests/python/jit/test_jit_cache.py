@@ -145,7 +145,7 @@ def test_a_build_is_on_the_disk_before_it_is_seen(own_cache, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", lambda *paths: (done.append("rename"), rename(*paths)))
     make()
-    assert done == ["sync policy.so", "sync build", "rename", f"sync {own_cache.name}"]
+    assert done == ["sync policy.so", "rename", "sync build", "rename", f"sync {own_cache.name}"]
 
 
 # ------------------------------------------------------------------------------------------- kills
@@ -176,6 +176,7 @@ def test_what_a_kill_leaves_is_bounded_and_goes(own_cache, tmp_path, monkeypatch
 
 def test_many_policies_leave_few_files(own_cache):
     """Locks and folders of what is under way are 32 at most; a build is one folder with one file."""
+    compiler.forget()
     for k in range(40):
         source = f"struct Own {{ float operator()(std::int32_t, float) const {{ return 0.{k + 1}f; }} }};"
         decay("Own", source)
@@ -186,6 +187,7 @@ def test_many_policies_leave_few_files(own_cache):
 
 def test_threads_that_make_the_same_and_others(own_cache):
     made, errors = [], []
+    compiler.forget()
 
     def run(k):
         source = f"struct Own {{ float operator()(std::int32_t, float) const {{ return 0.{1 + k % 3}f; }} }};"

@@ -36,7 +36,8 @@ RIGHT = {
     "a macro": "#define FIELDS float b; float a;\nstruct Own { FIELDS " + CALL.format("b - a") + "};",
     "a raw string": 'constexpr char k[] = R"(struct Own { float b; )";\nstruct Own { float a; float b; '
         + CALL.format("b - a") + "};",
-    "a base": "struct Base { float b; };\nstruct Own : Base { float a; " + CALL.format("b - a") + "};",
+    "a base": "struct Base { float b; };\nstruct Own : Base { float a; "
+        "COLDROW_HD Own() : Base{7}, a(7) {} " + CALL.format("b - a") + "};",
     "a constructor": "struct Own { float b, a; COLDROW_HD Own() : b(7), a(7) {} " + CALL.format("b - a") + "};",
     "const fields": "struct Own { const float b; const float a; " + CALL.format("b - a") + "};",
     "an anonymous struct in it": "struct Own { double x = 1; float b; struct { float c; } in{}; float a; "
@@ -53,7 +54,7 @@ def test_structs_that_are_right(what):
 
 
 @pytest.mark.parametrize(
-    "what", [w for w in RIGHT if w not in ("a constructor", "an alias of a template")]
+    "what", [w for w in RIGHT if w not in ("a constructor", "a base", "an alias of a template")]
 )
 def test_a_field_that_was_not_given(what):
     for given in ("a", "b"):
@@ -61,6 +62,16 @@ def test_a_field_that_was_not_given(what):
             TypeError, match=r"^Own: (field '[ab]'|a field) has no default and was not"
         ):
             decay("Own", RIGHT[what], **{given: 0.5})
+
+
+def test_a_base_that_may_have_fields_that_are_not_given():
+    source = RIGHT["a base"].replace("COLDROW_HD Own() : Base{7}, a(7) {} ", "")
+    with pytest.raises(
+        TypeError, match=r"^Own: (has a base class, whose fields may not|a field has no)"
+    ):
+        decay("Own", source, a=0.5)
+    with pytest.raises(TypeError, match=r"^Own: (field|a field|has a base)"):
+        decay("Own", source)
 
 
 @pytest.mark.parametrize("name", ["c", "k", "f", "operator", "x"])
@@ -73,7 +84,7 @@ def test_what_is_no_field(name):
         decay("Own", source, **{name: 1})
 
 
-FIELD = "struct Own {{ {} n; " + CALL.format("n == {} ? 1.0f : 0.5f") + " }};"
+FIELD = "struct Own {{ {} n; " + CALL.replace("{}", "n == {} ? 1.0f : 0.5f") + " }};"
 LIMITS = {
     "std::int8_t": (-128, 127),
     "std::int32_t": (-(2**31), 2**31 - 1),

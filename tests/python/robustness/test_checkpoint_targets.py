@@ -195,6 +195,14 @@ def test_one_module_under_two_names(suffix, tmp_path):
     assert torch.equal(other.tied.weight, model.dense.weight)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_state_is_written_packed(suffix, tmp_path):
+    """(Its live arrays are interleaved.)"""
+    emb = TableBatchedEmbeddingBags([Table("a", 10_000, 1)])
+    checkpoint.save(emb.state_dict(), tmp_path / f"x.{suffix}")
+    assert (tmp_path / f"x.{suffix}").stat().st_size < 10_000 * 12 + 10_000
+
+
 def test_tensors_that_share_memory(tmp_path):
     base = torch.arange(10.0)
     state = {"whole": base, "front": base[:5], "back": base[5:], "turned": base.view(2, 5).t(),
