@@ -211,4 +211,4 @@ class Host:
         _core.read(compiled(update), out, weight, indices, prev_iter, step, lr, epoch_start)
 
 
-HOST = Host()
+HOST: Host = Host()

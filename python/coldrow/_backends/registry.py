@@ -59,7 +59,7 @@ def backend_of(name: str, array: Any) -> Backend:
     """Return the backend for the memory of an array, or raise naming the argument."""
     if torch_of(array) is not None:
         torch_type = array.device.type
-        if torch_type not in TORCH_TYPES:
+        if torch_type not in (*_BACKENDS, *TORCH_TYPES):
             return HOST  # whose checks say what is wrong
         where = str(array.device)
     else:
@@ -76,7 +76,7 @@ def backend_of(name: str, array: Any) -> Backend:
 
 def require_device(device: Any) -> None:
     """Raise, naming the argument ``device``, unless tables can be on this torch device."""
-    if device.type not in TORCH_TYPES:
+    if device.type not in (*_BACKENDS, *TORCH_TYPES):
         accepted = " or ".join(map(repr, TORCH_TYPES))
         raise ValueError(f"device: got {str(device)!r}, accepted: {accepted}")
     _available("device", device.type, repr(str(device)))

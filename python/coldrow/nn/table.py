@@ -257,10 +257,10 @@ class States(_Named[TableState]):
 def _own_storage(view: Tensor) -> Tensor:
     """Return a tensor over the same memory with a storage of its own, which begins where the view does.
 
-    torch.save refuses two dtypes over one storage. (A fake tensor has no memory; memory shared between
-    processes is known as such by its storage alone.)
+    torch.save refuses two dtypes over one storage. (Fake and meta tensors have no memory; memory shared
+    between processes is known as such by its storage alone.)
     """
-    if type(view) is not Tensor or view.untyped_storage().is_shared():
+    if type(view) is not Tensor or view.is_meta or view.untyped_storage().is_shared():
         return view
     own: Tensor = dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
     return own

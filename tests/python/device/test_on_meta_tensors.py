@@ -16,7 +16,8 @@ import stand_in
 import torch
 
 import coldrow
-from coldrow import __main__, _engines, nn
+from coldrow import __main__, nn
+from coldrow._backends import cuda
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 pytestmark = pytest.mark.filterwarnings("ignore:an epoch-aware decay is in use")
@@ -61,7 +62,7 @@ class Native:
             return call
 
 
-class Elsewhere(_engines.Device):
+class Elsewhere(cuda.Cuda):
     torch_type = "meta"
 
     def stream(self, array):
@@ -115,10 +116,9 @@ def test_a_fused_step_stays_on_the_device(calls, charge, pooling):
 def test_a_module_copied_and_converted_stays_on_the_device():
     emb = copy.deepcopy(small())
     emb.half()
-    tensors = [*emb.weights.values(), emb._clock, emb._nonfinite, emb._grad_scale, *emb._lr]
-    tensors += [t for state in emb.state.values() for t in state.values()]
-    tensors += [emb._epoch_start, emb._anchor, emb._kernels._report]
+    tensors = [*emb.parameters(), *emb.buffers(), emb.anchor, *emb.table_batch.counters.lrs()]
     assert all(t.is_meta for t in tensors)
+    assert emb.table_batch.kernels.device.type == "meta"
     emb(*batch()).sum().backward()
 
 
@@ -183,7 +183,7 @@ def test_cupy_works_on_the_arrays_device(monkeypatch):
     monkeypatch.setattr(Array, "__module__", "cupy")
     with FakeCuPy.Device(1):
         array = Array((3, 4), "float32")
-    engine = _engines.Device(Native())
+    engine = cuda.Cuda(Native())
     assert FakeCuPy.current == 0
     assert engine.stream(array) == 101
     assert engine.report(array).made_on == 1

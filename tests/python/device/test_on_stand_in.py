@@ -15,7 +15,8 @@ import stand_in
 import torch
 
 import coldrow
-from coldrow import _engines, nn
+from coldrow import nn
+from coldrow._backends import registry
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 from coldrow.optim import SparseOptimizer
 
@@ -123,13 +124,12 @@ def test_clock_lr_epoch_and_scale_are_read_when_kernels_run(engine):
     decay = coldrow.EpochGated(coldrow.LinearClipped(2.0, 0.0))
     emb, eager = (small(coldrow.RowUpdate(decay=decay)) for _ in range(2))
     out, grad = torch.empty(2, 11), torch.ones(2, 11)
-    batch = emb._kernels.batch(None, emb._counters(), read=False)
+    tables = emb.table_batch
+    moment = tables.moment(None)
 
     def replay():
-        emb._kernels.lookup(emb._operands(), batch, *GOOD, None, out)
-        emb._kernels.update(
-            emb._operands(), emb._counters(), None, *GOOD, None, grad, emb.on_nonfinite
-        )
+        tables.kernels.lookup(tables.operands, moment, *GOOD, None, out)
+        tables.update(None, *GOOD, None, grad)
 
     for lr, scale, epoch in ((0.1, 1.0, False), (0.4, 8.0, True), (0.05, 1.0, False)):
         for module in (emb, eager):
@@ -144,13 +144,15 @@ def test_clock_lr_epoch_and_scale_are_read_when_kernels_run(engine):
 
 def test_loading_a_checkpoint_keeps_what_a_graph_holds():
     emb = small()
-    addresses = [emb._kernels._report.data_ptr(), emb._clock.data_ptr(), emb._lr[0].data_ptr()]
+    kernels, tables = emb.table_batch.kernels, emb.table_batch
+    addresses = [tables.counters.clock.data_ptr(), tables.counters.lr.data_ptr()]
     emb.load_state_dict(small().state_dict())
     emb.lr = 0.5
     emb.param_groups[0]["lr"] = 0.25
     emb(*GOOD).sum().backward()
-    now = [emb._kernels._report.data_ptr(), emb._clock.data_ptr(), emb._lr[0].data_ptr()]
-    assert now == addresses
+    now = emb.table_batch.counters
+    assert [now.clock.data_ptr(), now.lr.data_ptr()] == addresses
+    assert emb.table_batch.kernels is kernels  # and with them the report
 
 
 def test_grad_scale_divides_the_sum():
@@ -301,7 +303,8 @@ def test_the_step_after_the_last():
 def test_numbers_that_went_bad(name, value):
     emb = small(coldrow.RowUpdate(decay=coldrow.EpochReset()))
     before = snapshot(emb)
-    (emb._lr[0] if name == "lr" else emb._epoch_start).fill_(value)
+    counters = emb.table_batch.counters
+    (counters.lr if name == "lr" else counters.epoch_start).fill_(value)
     emb(*GOOD).sum().backward()
     assert same(snapshot(emb), before)
     with pytest.raises(ValueError, match=f"^{name}"):
@@ -439,9 +442,12 @@ def test_compiled_operators_report_to_their_module(charge):
 
 def test_operator_of_no_module_raises_at_once():
     emb = small()
-    kept = emb._parameters_list, [m for s in emb._state for m in s.memory], emb._lr
-    counters = emb._clock, emb._epoch_start, emb._nonfinite, emb._grad_scale
-    spec, anchor, gone = emb._spec, emb._anchor.detach(), weakref.ref(emb._kernels)
+    tables = emb.table_batch
+    at = tables.counters
+    kept = list(tables.weights), list(tables.state), at.lr
+    counters = at.clock, at.epoch_start, at.nonfinite, at.grad_scale
+    spec, anchor, gone = emb.spec, emb.anchor.detach(), weakref.ref(tables.kernels)
+    del tables
 
     def call(indices):
         lookup = torch.ops.coldrow.lookup
@@ -492,7 +498,7 @@ def test_memory_comes_from_the_caller(engine, monkeypatch):
 
     out = emb(*GOOD)
     before = snapshot(emb)
-    emb._kernels._allocate = no_memory(None, None)
+    emb.table_batch.kernels._allocate = no_memory(None, None)
     with pytest.raises(MemoryError):
         out.sum().backward()
     assert same(snapshot(emb), before)
@@ -502,5 +508,5 @@ def test_modules_of_the_other_name(engine):
     bag = nn.EmbeddingBag(6, 4, mode="sum", padding_idx=2)
     bag(torch.tensor([[0, 2], [1, 5]])).sum().backward()
     assert bag.clock == 1
-    assert isinstance(_engines.device, stand_in.StandIn)
+    assert isinstance(registry.accelerator(), stand_in.StandIn)
     assert nn.Embedding(6, 4)(torch.tensor([[1], [2]])).shape == (2, 1, 4)

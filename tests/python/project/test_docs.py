@@ -60,7 +60,7 @@ def test_code_is_that_of_the_files_named(path):
     text = path.read_text()
     assert text == refreshed(text), "run: python tests/python/project/test_docs.py --write"
     for block in BLOCK.finditer(text):
-        assert block["file"] or block["language"] in ("sh", "python", "text"), block[0]
+        assert block["file"] or block["language"] in ("sh", "python", "text", "diff"), block[0]
 
 
 @of_docs(DOCS)

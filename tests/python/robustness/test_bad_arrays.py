@@ -6,9 +6,10 @@ import types
 
 import numpy as np
 import pytest
+import stand_in
 
 import coldrow
-from coldrow import _engines
+from coldrow._backends import cuda
 
 torch = pytest.importorskip("torch")
 from refusals import (  # noqa: E402
@@ -210,10 +211,10 @@ def test_rounding_that_is_not_one():
         call_rowwise(arrays, rounding="nearest")
 
 
-@pytest.mark.parametrize("value", [-1, 2**31])
+@pytest.mark.parametrize("value", [-1, 8, 2**31])
 def test_epoch_start_out_of_range(value):
     arrays = make_arrays()
-    says = f"epoch_start: got {value} ... accepted: an integer from 0 to 2147483647"
+    says = f"epoch_start: got {value} ... accepted: an integer from 0 to 7"  # the step
     with refused(ValueError, says, unchanged=arrays.values()):
         call_apply(arrays, epoch_start=value)
 
@@ -316,10 +317,14 @@ def test_array_on_another_device_than_weight(name):
         ((0, ""), "no CUDA device can be used: there is no CUDA device"),
     ],
 )
-def test_device_that_no_kernel_can_run_on(monkeypatch, build, why):
+def test_device_that_no_kernel_can_run_on(build, why):
     native = types.SimpleNamespace(devices=lambda: build)
-    engine = None if build is None else _engines.Device(native)
-    monkeypatch.setattr(_engines, "device", engine)
+    backend = None if build is None else cuda.Cuda(native)
+    with stand_in.in_use(backend):
+        refuses_devices(build, why)
+
+
+def refuses_devices(build, why):
     assert coldrow.cuda.is_built() == (build is not None)
     assert not coldrow.cuda.is_available()
     arrays = make_arrays()
