@@ -2,14 +2,14 @@
 // standard library, and a little that policies like to use, for NVRTC, which compiles at run time
 // and has no standard library.
 //
-// The names are in // nvcc and host compilers have this builtin; NVRTC has the function alone.
-#define __builtin_memcpy memcpy
-
-namespace std, so that one policy header serves a host compiler, nvcc and NVRTC.
+// The names are in namespace std, so that one policy header serves a host compiler, nvcc and NVRTC.
 // A program that has given NVRTC a standard library of its own defines COLDROW_NVRTC_HAS_STD.
 #pragma once
 
 #if defined(__CUDACC_RTC__) && !defined(COLDROW_NVRTC_HAS_STD)
+
+// nvcc and host compilers have this builtin; NVRTC has the function alone.
+#define __builtin_memcpy memcpy
 
 namespace std {
 
