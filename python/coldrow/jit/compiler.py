@@ -170,7 +170,8 @@ class _Make:
             for name, text in ((WRAPPER, self.wrapper), (self.file, placed)):
                 (work / name).write_text(text, encoding="utf-8", errors="surrogateescape")
             beside = [f"-iquote{os.path.dirname(self.path)}"] if self.path else []
-            options = [*self.flags, *beside, f"-isystem{_paths.includes()}"]
+            flags = [flag for flag in self.flags if flag != "-shared"]  # clang++ warns of it here
+            options = [*flags, *beside, f"-isystem{_paths.includes()}"]
             preprocess = [*self.command, *options, "-E", WRAPPER]
             run = _run(preprocess, work)
             if run.returncode != 0:

@@ -123,8 +123,12 @@ def _explained(struct: str, mine: str, error: CompileError) -> Exception:
     clang = "default initialization of an object of const type", "is not initialized"
     if not own and any(says in message for says in clang):
         return TypeError(f"{struct}: a field has no default and was not given")
-    asserted = re.search(r"static assertion failed[^:]*: (.*)", blocks[0])
-    first = asserted.group(1) if asserted and not own else f"{struct} does not compile"
+    asserted = re.search(
+        r"static assertion failed(?: due to requirement '.*?')?: (.*)"
+        r"|static_assert failed(?: due to requirement '.*?')? \"(.*)\"",  # clang++ before 16
+        blocks[0],
+    )
+    first = (asserted[1] or asserted[2]) if asserted and not own else f"{struct} does not compile"
     return CompileError(first + ". The compiler says:\n" + "".join(own or blocks[:1]).rstrip())
 
 

@@ -137,6 +137,9 @@ constexpr bool all_given() {{
 }}
 template <class P>
 constexpr bool check() {{
+  static_assert(!std::is_aggregate_v<P> || std::is_default_constructible_v<P>,
+                "{name}: has a const field without a default, which clang++ cannot tell from one that is given; "
+                "accepted: fields that are not const, or another compiler");
   if constexpr (requires {{ requires std::is_aggregate_v<P>;
                            typename std::bool_constant<defaults_are_constant<P>()>; }}) {{
     static_assert(all_given<P>(), "{name}: a field has no default and was not given");
