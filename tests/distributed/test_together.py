@@ -78,7 +78,7 @@ def misbehave(rank, world, how: str, culprit: int, options):
     emb.train()
     emb.grad_scale, emb.lr, emb.clock = 1.0, 0.1, 8
     if how == "epoch" and not mine:
-        emb._epoch_start.fill_(2)
+        emb.table_batch.counters.epoch_start.fill_(2)
     call(emb, CASE, batches[4])
     return said, same, ticked, emb.clock, stage
 

@@ -79,8 +79,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Refuse."""
         raise RuntimeError(
-            "double backward through a lookup: accepted: gradients of the first order (the gradient of "
-            "per_sample_weights depends on the tables, and the tables on what was read)"
+            "trying to differentiate twice through a lookup, accepted: once (the gradient of "
+            "per_sample_weights depends on the tables, and those on what was read)"
         )
 
 

@@ -235,11 +235,12 @@ def test_lr_of_a_param_group_that_is_not_accepted(fused, says):
     kind, value = LRS[says]
     emb = make_module(fused=fused)
     before = bits(emb)
-    emb.param_groups[0]["lr"] = value
     with refused(kind, says):
-        forward(emb)
-    emb.lr = 0.1
+        emb.param_groups[0]["lr"] = value
+    with refused(kind, says):
+        emb.param_groups[0].update(lr=value)
     assert bits(emb) == before
+    assert emb.lr == emb.update.optimizer.lr
 
 
 @fused_or_not

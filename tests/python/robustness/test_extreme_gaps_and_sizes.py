@@ -345,15 +345,17 @@ def test_module_with_a_table_of_more_than_two_to_the_31_elements():
     emb = TableBatchedEmbeddingBags(
         [
             Table("small", 5, dim, dtype=torch.bfloat16, features=["x"], init=torch.nn.init.zeros_),
-            Table("big", 1, dim, dtype=torch.bfloat16, features=["y"], init=torch.nn.init.zeros_),
+            Table(
+                "big",
+                rows,
+                dim,
+                dtype=torch.bfloat16,
+                features=["y"],
+                storage=torch.from_numpy(big).view(torch.bfloat16),
+            ),
         ],
         coldrow.RowUpdate(coldrow.SGD(lr=1.0)),
     )
-    emb.tables[1].num_rows = rows
-    emb.weights._parameters["big"] = torch.nn.Parameter(
-        torch.from_numpy(big).view(torch.bfloat16), requires_grad=False
-    )
-    emb._state[1].memory = [torch.from_numpy(np.zeros((rows, 1), np.int32))]
     last = rows - 1
     for step in range(2):
         out = emb(torch.tensor([4, 0, last, last, 7]), torch.tensor([0, 1, 2, 4, 5]))
