@@ -79,8 +79,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Refuse."""
         raise RuntimeError(
-            "trying to differentiate twice through a lookup, accepted: once (the gradient of "
-            "per_sample_weights depends on the tables, and those on what was read)"
+            "trying to differentiate twice a function that was marked with once_differentiable: the "
+            "gradient of per_sample_weights depends on the tables, and those on what was read"
         )
 
 

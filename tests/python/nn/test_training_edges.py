@@ -97,7 +97,7 @@ def test_double_backward_is_refused_whatever_the_loss(fused, linear):
     loss = out.sum() if linear else out.square().sum()
     (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
     assert torch.isfinite(gradient).all()
-    with pytest.raises(RuntimeError, match="trying to differentiate twice through a lookup"):
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
         gradient.square().sum().backward()
 
 
