@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 def described(values: Any) -> Tensor:
-    """Return plain values as a tensor: the codes of their JSON text, float32 ``[n]``.
+    """Return plain values as a tensor: the codes of their JSON text and of spaces behind it, float32 ``[n]``.
 
     ASCII codes are exact in every floating dtype, so the text survives tools that average or cast what a
-    state_dict holds.
+    state_dict holds. ``n`` is a power of two, 1024 at least: torch.distributed.checkpoint reads a tensor into
+    one of the same shape, and other values, such as another learning rate, should have that.
     """
-    return torch.tensor(list(json.dumps(values).encode("ascii")), dtype=torch.float32)
+    text = json.dumps(values).encode("ascii")
+    size = max(1024, 1 << (len(text) - 1).bit_length())
+    return torch.tensor(list(text.ljust(size)), dtype=torch.float32)
 
 
 def plain_values(given: Any) -> Any:
