@@ -218,7 +218,7 @@ class TablesModule(Clocked):
 
     @property
     def table_batch(self) -> TableBatch:
-        """What the kernels work on, as things are now: see :mod:`coldrow.nn.table_batch`."""
+        """What the kernels work on, as things are now: see docs/architecture.md."""
         own = self.__dict__
         if all(map(operator.is_, _values(own["_dicts"]), own["_bound"])):
             return own["_batch"]  # type: ignore[no-any-return]
