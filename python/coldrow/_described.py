@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 
-def described(values: Any) -> Tensor:
+def described(values: Any, room: int = 1) -> Tensor:
     """Return plain values as a tensor: the codes of their JSON text, float32 ``[n]``.
 
     ASCII codes are exact in every floating dtype, so the text survives tools that average or cast what a
     state_dict holds.
+
+    Args:
+        values: what JSON can say.
+        room: n, doubled until the text fits: other values then make a tensor of the same shape, which is
+            what tools that load tensors in place ask for. Spaces fill it.
     """
-    return torch.tensor(list(json.dumps(values).encode("ascii")), dtype=torch.float32)
+    text = json.dumps(values).encode("ascii")
+    while room < len(text):
+        room *= 2
+    return torch.tensor(list(text.ljust(room)), dtype=torch.float32)
 
 
 def plain_values(given: Any) -> Any:

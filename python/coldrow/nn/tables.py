@@ -466,8 +466,11 @@ class TablesModule(Clocked):
     # --------------------------------------------------------------------------------- state_dict
 
     def get_extra_state(self) -> Tensor:
-        """Return the policies as text in a tensor, for ``state_dict``."""
-        return described(self._policies())
+        """Return the policies as text in a tensor, for ``state_dict``.
+
+        It is of one size whatever the built-in policies: torch.distributed.checkpoint loads in place.
+        """
+        return described(self._policies(), 1024 * len(self.tables))
 
     def set_extra_state(self, state: Any) -> None:
         """Do nothing: policies were compared before anything was loaded."""
