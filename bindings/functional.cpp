@@ -48,7 +48,7 @@ std::int64_t apply(const Update& update, nb::handle weight, nb::handle grad, nb:
 }
 
 // One step on several tables: all of it, or none. steps: (update, weight, grad, indices, state, prev_iter,
-// lr, key) each.
+// lr, key, row_offset, col_offset) each.
 std::int64_t apply_steps(nb::sequence steps, std::int64_t step, std::int64_t epoch_start,
                          const std::string& on_nonfinite, nb::handle clock, nb::handle nonfinite) {
   std::vector<Step> taken;
@@ -58,7 +58,8 @@ std::int64_t apply_steps(nb::sequence steps, std::int64_t step, std::int64_t epo
     const auto s = nb::cast<nb::sequence>(each);
     taken.push_back(take_step(nb::cast<const Update&>(s[0]), s[1], s[2], s[3],
                               nb::cast<nb::sequence>(s[4]), s[5], step, nb::cast<double>(s[6]),
-                              epoch_start, nb::cast<std::uint64_t>(s[7]), 0, 0));
+                              epoch_start, nb::cast<std::uint64_t>(s[7]),
+                              nb::cast<std::int64_t>(s[8]), nb::cast<std::int64_t>(s[9])));
     const auto ranges = memory_of(taken.back().call);
     memory.insert(memory.end(), ranges.begin(), ranges.end());
     most = std::max(most, kernels->update_bytes(taken.back().call.batch));

@@ -124,7 +124,18 @@ def apply_steps(
     if all(backend is HOST for backend, _ in parts):
         skipped: int = _core.apply_steps(
             [
-                (compiled(s.update), s.weight, s.grad, s.indices, s.state, s.prev_iter, s.lr, s.key)
+                (
+                    compiled(s.update),
+                    s.weight,
+                    s.grad,
+                    s.indices,
+                    s.state,
+                    s.prev_iter,
+                    s.lr,
+                    s.key,
+                    s.row_offset,
+                    s.col_offset,
+                )
                 for s in steps
             ],
             step,

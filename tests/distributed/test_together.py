@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_row_sharded import AR, STOCHASTIC, Case, bits, call, joined, make_tables, own_rows
+from test_row_sharded import (
+    AR,
+    STOCHASTIC,
+    Case,
+    assert_close,
+    bits,
+    call,
+    joined,
+    make_tables,
+    own_rows,
+    set_weights,
+    tables_of,
+)
 from torch import nn
 
+import coldrow
 from coldrow.nn import Table, TableBatchedEmbeddingBags
 
 CASE = Case(make_tables())
@@ -18,6 +33,53 @@ def make(case=CASE, **options):
     return RowShardedEmbeddingBags(
         case.tables, case.update, **case.options, **case.sharded, **options
     )
+
+
+OTHER = coldrow.RowUpdate(
+    coldrow.RowwiseRMSprop(lr=0.1, ema_beta=0.5), coldrow.Exponential(half_life=3.0)
+)
+# "b" begins with the update that the others are given later: in a group of its own, and then not.
+ASSIGNED = Case(make_tables(own=OTHER, equal=True))
+
+
+def with_assigned(emb, case: Case, batches):
+    """Train; assign an update between a forward and its backward, and options between steps."""
+    seen = [call(emb, case, batches[0])]
+    features = batches[2]
+    lengths = torch.tensor([0, *(n for f in features for n in f["lengths"])])
+    out = emb(torch.cat([f["indices"] for f in features]), lengths.cumsum(0))
+    emb.update = OTHER
+    emb.param_groups[0]["lr"] = 0.03
+    out.backward(torch.cat([f["grad"] for f in features], dim=1))
+    emb.charge = "read"
+    seen.append(call(emb, case, batches[4]))
+    emb.pooling = "mean"
+    seen.append(call(emb, case, batches[0]))
+    return seen, tables_of(emb)
+
+
+def assigned(rank, world, sharded):
+    case = replace(ASSIGNED, sharded=sharded)
+    emb = make(case)
+    set_weights(emb, case)
+    seen, _ = with_assigned(emb, case, [step[rank] for step in case.batches(world)])
+    return seen, own_rows(emb)
+
+
+@pytest.mark.parametrize("summed_by", ["owner", "sender"])
+def test_what_is_assigned_holds_on_the_owners_too(summed_by, workers):
+    emb = TableBatchedEmbeddingBags(ASSIGNED.tables, ASSIGNED.update)
+    set_weights(emb, ASSIGNED)
+    batches = [joined(step) for step in ASSIGNED.batches(workers.world)]
+    seen, arrays = with_assigned(emb, ASSIGNED, batches)
+    ranks = workers.run(assigned, {"sum_gradients": summed_by})
+    tolerance = 0.0 if summed_by == "owner" else 1e-5
+    for step, (parts, _) in enumerate(seen):
+        for f, want in enumerate(parts):
+            got = torch.cat([r[0][step][0][f] for r in ranks])
+            assert_close(f"output of feature {f}, call {step}", got, want, tolerance)
+    for key, want in arrays.items():
+        assert_close(key, torch.cat([r[1][key] for r in ranks]), want, tolerance)
 
 
 # ------------------------------------------------------------------------------------------ refusals
@@ -58,12 +120,18 @@ def misbehave(rank, world, how: str, culprit: int, options):
         emb.lr = 0.5
     if how == "epoch" and mine:
         emb.new_epoch()
+    if how == "update" and mine:
+        emb.update = coldrow.RowUpdate(AR.optimizer, coldrow.NoDecay())
+    if how == "output_dtype" and mine:
+        emb.output_dtype = torch.bfloat16
     said, stage = None, "forward"
     try:
         out = emb(indices, offsets, weights)
         stage = "backward"
         if how == "grad_scale" and mine:
             emb.grad_scale = 2.0
+        if how == "on_nonfinite" and mine:
+            emb.on_nonfinite = "propagate"
         if how == "evicted" and mine:
             emb.evict("a", [emb.shard("a").start])
         grad = torch.ones_like(out)
@@ -77,6 +145,8 @@ def misbehave(rank, world, how: str, culprit: int, options):
     emb.discard_forward()
     emb.train()
     emb.grad_scale, emb.lr, emb.clock = 1.0, 0.1, 8
+    emb.update, emb.output_dtype = CASE.update, torch.float32
+    emb.on_nonfinite = options.get("on_nonfinite", "skip")
     if how == "epoch" and not mine:
         emb.table_batch.counters.epoch_start.fill_(2)
     call(emb, CASE, batches[4])
@@ -116,14 +186,15 @@ def test_what_one_rank_refuses_raises_everywhere(how, workers):
     assert all(o[1:] == (True, 0, 9, stage) for o in outcomes)
 
 
-DIFFER = ["weights of one rank", "eval", "clock", "lr", "epoch", "grad_scale"]
+LATE = ["grad_scale", "on_nonfinite"]  # what only the backward asks
+DIFFER = ["weights of one rank", "eval", "clock", "lr", "epoch", "update", "output_dtype", *LATE]
 
 
 @pytest.mark.parametrize("how", DIFFER)
 def test_ranks_that_differ_raise_everywhere(how, workers):
     outcomes = workers.run(misbehave, how, 0, {})
     assert all(o[0].startswith("ValueError: the ranks differ in clock, lr") for o in outcomes)
-    stage = "backward" if how == "grad_scale" else "forward"
+    stage = "backward" if how in LATE else "forward"
     assert all(o[1:] == (True, 0, 9, stage) for o in outcomes)
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 DISAGREE = (
-    "the ranks differ in clock, lr, epoch, grad_scale, in what they are doing (train, evaluate, read) or "
-    "in whether per_sample_weights are given; accepted: the same on all ranks"
+    "the ranks differ in clock, lr, epoch, grad_scale, policies, in what they are doing (train, evaluate, "
+    "read) or in whether per_sample_weights are given; accepted: the same on all ranks"
 )
 
 

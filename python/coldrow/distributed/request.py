@@ -16,7 +16,7 @@ from coldrow.nn.table_batch import Layout
 
 @dataclass(frozen=True)
 class Group:
-    """Tables of equal width, dtype and update: their rows travel together."""
+    """Tables of equal width, dtype, update and learning rate: their rows travel together."""
 
     tables: tuple[int, ...]
     begin: int  # their part of a rank's keys
@@ -49,7 +49,7 @@ class Placement:
         shards = [shard_of(n, world, rank) for n in whole]
         self.first = [shard.start for shard in shards]
         self.own = [len(shard) for shard in shards]
-        kinds = [(t.dim, d, t.update) for t, d in zip(layout.tables, dtypes, strict=True)]
+        kinds = [(t.dim, d, t.update, t.group) for t, d in zip(layout.tables, dtypes, strict=True)]
         self.groups: list[Group] = []
         self.base = [0] * len(kinds)  # the first number of each table
         at = 0

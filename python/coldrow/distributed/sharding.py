@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from coldrow._backends.protocol import Moment
@@ -28,14 +27,70 @@ from coldrow.distributed.request import (
     request_of,
     shard_of,
 )
-from coldrow.nn.autograd import Ticket, plain
+from coldrow.nn.autograd import Ticket, once, plain
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Origin, Table
-from coldrow.nn.table_batch import TableBatch, TableLayout, row_numbers
+from coldrow.nn.table_batch import Layout, TableBatch, TableLayout, row_numbers
 from coldrow.policies import SGD, RowUpdate
 
 # Rows are initialised in blocks of so many, each with random numbers of its own.
 _BLOCK = 4096
+
+
+class Shards:
+    """What follows from the tables of one rank and from what other ranks have.
+
+    Args:
+        tables: the rows of this rank.
+        whole: rows of each whole table.
+        ranks: all of them.
+    """
+
+    def __init__(self, tables: TableBatch, whole: Sequence[int], ranks: Ranks) -> None:
+        self.tables = tables
+        layout, kernels = tables.layout, tables.kernels
+        dtypes = [w.dtype for w in tables.weights]
+        self.placement = placement = Placement(layout, whole, dtypes, ranks.world, ranks.rank)
+        # What the owner of rows does with gradients that came: they are scaled and pooled already.
+        one = torch.ones((), dtype=torch.float64)
+        counters = replace(tables.counters, grad_scale=one)
+
+        def of_owner(features: Sequence[int]) -> TableBatch:
+            changed = replace(layout, features=tuple(features), pooling="sum")
+            state = tables.state_by_table
+            return TableBatch(changed, kernels, tables.weights, state, counters)
+
+        self.served = of_owner(layout.features)
+        self.served_by_row = of_owner(range(len(layout.tables)))
+
+        # Rows on loan from their owners: those of a group are one table.
+        firsts = [layout.tables[group.tables[0]] for group in placement.groups]
+        groups = tuple(
+            TableLayout(f"group {g}", t.dim, t.update, t.group) for g, t in enumerate(firsts)
+        )
+        features = tuple([placement.group_of[t] for t in layout.features])
+        loan = replace(layout, tables=groups, features=features)
+        loan_counters = replace(tables.counters, groups=loan.groups)
+        self._loan = TableBatch(loan, kernels, [], [], loan_counters)
+        sums = tuple([replace(t, update=RowUpdate(SGD(lr=1.0)), group=0) for t in groups])
+        summing = replace(loan, tables=sums, charge="touch", on_nonfinite="propagate")
+        self.summing = TableBatch(summing, kernels, [], [], first_step(summing))
+        #: Differs where the policies or options of ranks do.
+        self.agreed = hash64(replace(layout, tables=_without_origin(layout)).spec(None))
+
+    def borrowed(self, plan: Plan) -> TableBatch:
+        """Return the rows that came for a batch as tables, one per group of tables."""
+        loan = self._loan
+        return loan.over(plan.rows, [[p] for p in plan.prev_iters], loan.counters)
+
+    def moment(self, sizes: tuple[int, ...] | None) -> Moment:
+        """Return what a lookup in borrowed rows needs to know, now."""
+        at = self._loan.counters
+        return Moment(sizes, int(at.clock) + 1, int(at.epoch_start), at.lr_values())
+
+
+def _without_origin(layout: Layout) -> tuple[TableLayout, ...]:
+    return tuple([replace(t, origin=None) for t in layout.tables])
 
 
 class _Lookup(torch.autograd.Function):
@@ -46,36 +101,37 @@ class _Lookup(torch.autograd.Function):
         ctx: Any,
         anchor: Tensor,
         module: RowShardedEmbeddingBags,
+        shards: Shards,
         ticket: Ticket | None,
         request: Request,
         plan: Plan,
         weights: Tensor | None,
     ) -> Tensor:
         """Pool; ``anchor`` requires grad so that autograd calls the backward."""
-        borrowed = module.borrowed(plan)
+        borrowed = shards.borrowed(plan)
         out = borrowed.lookup(request.moment, plan.slot, request.offsets, weights)
-        ctx.module, ctx.ticket, ctx.request, ctx.plan = module, ticket, request, plan
-        ctx.tables = module.table_batch
+        ctx.module, ctx.shards, ctx.ticket = module, shards, ticket
+        ctx.request, ctx.plan = request, plan
         ctx.save_for_backward(weights)
-        if not ctx.needs_input_grad[5]:
+        if not ctx.needs_input_grad[6]:
             plan.rows, plan.prev_iters = [], []
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Update the tables of all ranks; return the gradient of per_sample_weights."""
         (weights,) = ctx.saved_tensors
         grad = plain(grad)
         weights_grad = None
-        if ctx.needs_input_grad[5]:
-            borrowed, request = ctx.module.borrowed(ctx.plan), ctx.request
+        if ctx.needs_input_grad[6]:
+            borrowed, request = ctx.shards.borrowed(ctx.plan), ctx.request
             weights_grad = borrowed.weight_gradients(
                 request.moment, ctx.plan.slot, request.offsets, grad
             )
         if ctx.ticket is not None:
-            ctx.module.update_rows(ctx.ticket, ctx.tables, ctx.request, ctx.plan, weights, grad)
-        return None, None, None, None, None, weights_grad
+            ctx.module.update_rows(ctx.ticket, ctx.shards, ctx.request, ctx.plan, weights, grad)
+        return None, None, None, None, None, None, weights_grad
 
 
 class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
@@ -123,8 +179,6 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
     """
 
     devices = ("cpu",)
-    _ranks: Ranks
-    _whole: list[int]  # rows of each whole table
 
     def __init__(
         self,
@@ -155,8 +209,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         tables = list(tables)
         if not all(isinstance(t, Table) for t in tables):
             raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
-        ranks = self.__dict__["_ranks"] = Ranks(group)
-        self.__dict__["_whole"] = [t.num_rows for t in tables]
+        ranks, whole = Ranks(group), [t.num_rows for t in tables]
         shards = [shard_of(t.num_rows, ranks.world, ranks.rank) for t in tables]
         super().__init__(
             # Filled below, when the seed is known. A table has one row at least.
@@ -178,6 +231,9 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         )
         for own, table in zip(self.tables, tables, strict=True):
             own.init = table.init
+        self._ranks = ranks
+        self._whole = whole  # rows of each whole table
+        self._shards: Shards | None = None
         self.sum_gradients = sum_gradients
         self._default_group = process_group is None
         self._mesh: DeviceMesh | None = None
@@ -187,7 +243,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         described = repr(
             [
                 (t.name, n, t.dim, t.dtype, t.features, layout.update.to_dict())
-                for t, n, layout in zip(self.tables, self._whole, layouts, strict=True)
+                for t, n, layout in zip(self.tables, whole, layouts, strict=True)
             ]
             + [pooling, charge, output_dtype, on_nonfinite, sum_gradients]
         )
@@ -212,43 +268,13 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             "state_dict of TableBatchedEmbeddingBags.from_torch()"
         )
 
-    def rebind(self) -> None:
-        """Make anew what is derived from tables and state, and from what other ranks have."""
-        super().rebind()
-        tables, ranks = self.table_batch, self._ranks
-        layout, kernels = tables.layout, tables.kernels
-        dtypes = [w.dtype for w in tables.weights]
-        placement = Placement(layout, self._whole, dtypes, ranks.world, ranks.rank)
-        # What the owner of rows does with gradients that came: they are scaled and pooled already.
-        one = torch.ones((), dtype=torch.float64)
-        counters = replace(tables.counters, grad_scale=one)
-        by_table = range(len(layout.tables))
-
-        def of_owner(features: Sequence[int]) -> TableBatch:
-            changed = replace(layout, features=tuple(features), pooling="sum")
-            state = tables.state_by_table
-            return TableBatch(changed, kernels, tables.weights, state, counters)
-
-        # Rows on loan from their owners: those of a group are one table.
-        firsts = [layout.tables[group.tables[0]] for group in placement.groups]
-        groups = tuple(
-            TableLayout(f"group {g}", t.dim, t.update, t.group) for g, t in enumerate(firsts)
-        )
-        features = tuple([placement.group_of[t] for t in layout.features])
-        loan = replace(layout, tables=groups, features=features)
-        sums = tuple([replace(t, update=RowUpdate(SGD(lr=1.0)), group=0) for t in groups])
-        summing = replace(loan, tables=sums, charge="touch", on_nonfinite="propagate")
-        self._placement = placement
-        self._served = of_owner(layout.features)
-        self._served_by_row = of_owner(by_table)
-        loan_counters = replace(tables.counters, groups=loan.groups)
-        self._borrowed = TableBatch(loan, kernels, [], [], loan_counters)
-        self._summing = TableBatch(summing, kernels, [], [], first_step(summing))
-
-    def borrowed(self, plan: Plan) -> TableBatch:
-        """Return the rows that came for a batch as tables, one per group of tables."""
-        counters = self._borrowed.counters
-        return self._borrowed.over(plan.rows, [[p] for p in plan.prev_iters], counters)
+    @property
+    def shards(self) -> Shards:
+        """What follows from the tables as they are now, and from what other ranks have."""
+        tables = self.table_batch
+        if self._shards is None or self._shards.tables is not tables:
+            self._shards = Shards(tables, self._whole, self._ranks)
+        return self._shards
 
     @property
     def wire_bytes(self) -> Counter[str]:
@@ -262,7 +288,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
 
     def shard(self, name: str) -> range:
         """Return the rows of a table that this rank owns."""
-        t, placement = self.table_batch.index_of(name), self._placement
+        t, placement = self.table_batch.index_of(name), self.shards.placement
         return range(placement.first[t], placement.first[t] + placement.own[t])
 
     def _drawn(self, t: int, lo: int, hi: int, salt: int = 0) -> Tensor:
@@ -316,37 +342,32 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         Returns:
             ``[n, D]`` of ``output_dtype``.
         """
-        t = self.table_batch.index_of(name)
+        shards = self.shards
+        t, placement = shards.tables.index_of(name), shards.placement
 
         def ask() -> Request:
-            placement = self._placement
             every = range(placement.whole[t])
             wanted = row_numbers(every if rows is None else rows, every).long()
             feature = placement.layout.features.index(t)
             nothing = torch.zeros(1, dtype=torch.int64)
             features = torch.full_like(wanted, feature)
-            return located(placement, self._moment(None), wanted, features, [], [], nothing)
+            return located(placement, shards.moment(None), wanted, features, [], [], nothing)
 
-        _, plan = self._exchange(f"read {name}", ask, False)
-        return self.borrowed(plan).read(self._placement.group_of[t], plan.slot)
+        _, plan = self._exchange(f"read {name}", shards, ask, False)
+        return shards.borrowed(plan).read(placement.group_of[t], plan.slot)
 
     # ------------------------------------------------------------------------------- exchange
 
-    def _moment(self, sizes: tuple[int, ...] | None) -> Moment:
-        """Return what a lookup in borrowed rows needs to know, now."""
-        lrs = self._borrowed.counters.lr_values()
-        return Moment(sizes, self.clock + 1, self.epoch_start, lrs)
-
-    def _mark(self, what: str) -> int:
+    def _mark(self, what: str, shards: Shards) -> int:
         """What must be the same on all ranks, as a number."""
-        lrs = self.table_batch.counters.lr_values()
-        return hash64(what, self.clock, self.epoch_start, lrs) >> 1
+        lrs = shards.tables.counters.lr_values()
+        return hash64(what, self.clock, self.epoch_start, lrs, shards.agreed) >> 1
 
     def _exchange(
-        self, what: str, ask: Callable[[], Request], training: bool
+        self, what: str, shards: Shards, ask: Callable[[], Request], training: bool
     ) -> tuple[Request, Plan]:
         """Ask all ranks for rows and serve theirs, or raise on every rank."""
-        ranks, placement = self._ranks, self._placement
+        ranks, placement = self._ranks, shards.placement
         world, groups = ranks.world, len(placement.groups)
         features = len(placement.layout.features)
         # A header for each rank: whether this rank failed, its mark, and the counts of what follows.
@@ -355,7 +376,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         header = torch.zeros(world, ends[-1], dtype=torch.int64)
         request, error, mark = None, None, 0
         try:
-            mark = self._mark(what)
+            mark = self._mark(what, shards)
             request = ask()
             header[:, ends[0] : ends[1]] = request.wanted
             if training and self.sum_gradients == "owner":
@@ -390,7 +411,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             for part in parts:
                 within[part] = torch.arange(len(part))
             slot = within[slot]
-        tables = self.table_batch
+        tables = shards.tables
         weights = [w.detach() for w in tables.weights]
         for g, (group, part) in enumerate(
             zip(placement.groups, placement.by_group(served), strict=True)
@@ -436,28 +457,28 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         training = torch.is_grad_enabled() and self.training
         weights: Tensor | None = None
         ticket: Ticket | None = None
+        shards = self.shards
+        layout = shards.tables.layout
 
         def ask() -> Request:
             nonlocal weights, ticket
-            layout = self.table_batch.layout
             weights = checked_weights(per_sample_weights, indices, layout.pooling)
             sizes = None if batch_sizes is None else layout.batch_sizes(batch_sizes, offsets)
-            request = request_of(self._placement, self._moment(sizes), indices, offsets)
+            request = request_of(shards.placement, shards.moment(sizes), indices, offsets)
             if training:
                 ticket = self.begin_forward()
             return request
 
         what = f"{'train' if training else 'look up'}, weights {per_sample_weights is not None}"
         with torch.no_grad():
-            request, plan = self._exchange(what, ask, training)
+            request, plan = self._exchange(what, shards, ask, training)
         if training or (torch.is_grad_enabled() and weights is not None and weights.requires_grad):
             anchor = self.anchor if training else self.anchor.detach()
-            out = _Lookup.apply(anchor, self, ticket, request, plan, weights)
+            out = _Lookup.apply(anchor, self, shards, ticket, request, plan, weights)
             self.hold(ticket)
         else:
-            borrowed = self.borrowed(plan)
+            borrowed = shards.borrowed(plan)
             out = borrowed.lookup(request.moment, plan.slot, request.offsets, weights)
-        layout = self._placement.layout
         return layout.shaped(out, request.offsets, request.moment.batch_sizes)
 
     # ------------------------------------------------------------------------------- backward
@@ -465,24 +486,28 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
     def update_rows(
         self,
         ticket: Ticket,
-        tables: TableBatch,
+        shards: Shards,
         request: Request,
         plan: Plan,
         weights: Tensor | None,
         grad: Tensor,
     ) -> None:
-        """Send gradients to the owners of their rows and update the rows owned here. Collective."""
-        ranks, placement = self._ranks, self._placement
+        """Send gradients to the owners of their rows and update the rows owned here. Collective.
+
+        ``shards`` are those of the forward: the batch was cut by them. Policies are those of now.
+        """
+        ranks, placement, now = self._ranks, shards.placement, shards
         error: Exception | None = None
         mark = 0
         taken = False
         try:
             ticket.take()
             taken = True
-            self.current(tables)
-            tables.counters.next_step()
+            self.current(shards.tables)
+            now = self.shards
+            now.tables.counters.next_step()
             self.stepping()
-            mark = self._mark(f"update, scale {self.grad_scale}")
+            mark = self._mark(f"update, scale {self.grad_scale}", now)
             if self.grad_scale != 1.0:
                 grad = grad.float() / number("grad_scale", self.grad_scale, low_open=True)
         except Exception as e:
@@ -494,11 +519,11 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 ticket.give_back()
             raise
         if self.sum_gradients == "owner":
-            served = self._served
+            served = now.served
             arrived = by_bag(ranks, placement, request, plan, weights, grad)
         else:
-            served = self._served_by_row
-            arrived = by_row(ranks, placement, self._summing, request, plan, weights, grad)
+            served = now.served_by_row
+            arrived = by_row(ranks, placement, shards.summing, request, plan, weights, grad)
         batch = (arrived.sizes, arrived.rows, arrived.offsets, arrived.weights, arrived.grad)
         mode = self.on_nonfinite
         if mode == "raise":  # nothing is written unless every rank can
@@ -519,11 +544,6 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             self._mesh = DeviceMesh.from_group(self._ranks.group, "cpu")
         return self._mesh
 
-    @property
-    def placement(self) -> Placement:
-        """Where the rows of all tables are."""
-        return self._placement
-
     def row_keys(self) -> dict[str, int]:
         """Return the keys of the state_dict for what has one entry per row, with their tables."""
         keys = {f"weights.{t.name}": i for i, t in enumerate(self.tables)}
@@ -532,7 +552,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         return keys
 
     def _load_from_state_dict(self, given: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict.unshard(given, prefix, self.row_keys(), self._placement)
+        state_dict.unshard(given, prefix, self.row_keys(), self.shards.placement)
         super()._load_from_state_dict(given, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -540,15 +560,14 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             raise TypeError(
                 "RowShardedEmbeddingBags: accepted for pickling: the default group only"
             )
-        bound = ("_ranks", "_mesh", "_placement")
-        derived = (*bound, "_served", "_served_by_row", "_borrowed", "_summing")
+        derived = ("_ranks", "_mesh", "_shards")
         return {k: v for k, v in super().__getstate__().items() if k not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = dist.group.WORLD
         assert group is not None
-        self.__dict__["_ranks"], self.__dict__["_mesh"] = Ranks(group), None
         super().__setstate__(state)
+        self._ranks, self._mesh, self._shards = Ranks(group), None, None
 
 
 def _shard_state_dict(
@@ -556,4 +575,4 @@ def _shard_state_dict(
 ) -> None:
     assert isinstance(module, RowShardedEmbeddingBags)
     keys, mesh = module.row_keys(), module.device_mesh()
-    state_dict.shard(given, prefix, keys, module.placement, mesh)
+    state_dict.shard(given, prefix, keys, module.shards.placement, mesh)

@@ -47,7 +47,7 @@ def apply(k, index, g, mode="skip", step=1):
 
 def steps(step):
     clock, skipped = np.full((), step - 1), np.zeros((), np.int64)
-    parts = [(update, w[k], grad, i64, s[k], p[k], 0.1, k) for k in (0, 1)]
+    parts = [(update, w[k], grad, i64, s[k], p[k], 0.1, k, 0, 0) for k in (0, 1)]
     return _core.apply_steps(parts, step, 0, "skip", clock, skipped)
 
 def held():
