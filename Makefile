@@ -89,7 +89,7 @@ test-python: build $(STAND_IN)/.built
 
 BAD_INPUT := $(sort $(wildcard tests/python/robustness/test_bad_*.py)) tests/python/robustness/test_errors_page.py
 ON_STAND_IN := $(addprefix tests/python/functional/test_,golden.py properties.py decay.py rounding.py) \
-               $(addprefix tests/python/nn/test_,embedding.py compile.py read_charging.py \
+               $(addprefix tests/python/nn/test_,embedding.py compile.py origin.py read_charging.py \
                  $(addprefix module_,forward.py training.py clock.py rows.py under_torch.py)) \
                tests/python/optim $(BAD_INPUT)
 

@@ -45,7 +45,7 @@ def measure(work: Workload, repeats: int, evict: Callable[[], Any]) -> dict[str,
     start = [torch.empty(rows, work.dim).uniform_(-0.1, 0.1) for rows in work.rows]
     batches = [Batch.of(batch) for batch in work.batches(3)]
     ours = Coldrow(work, start, "touch", "fp32", "nearest")
-    kernels = ours.module._kernels
+    kernels = ours.module.table_batch.kernels
     for name, of in (("lookup", FORWARD), ("update", BACKWARD)):
         setattr(kernels, name, timed(parts, f"{of}: kernels", getattr(kernels, name)))
     anchor, out = torch.empty(0, requires_grad=True), torch.zeros(1, 1)

@@ -118,7 +118,7 @@ class Batches:
 
     def __init__(self, emb, seed: int = 0, bags: int = 40, longest: int = 5) -> None:
         self.rng = np.random.default_rng(seed)
-        self.rows = [emb.tables[t].num_rows for t in emb._feature_tables]
+        self.rows = [emb.tables[t].num_rows for t in emb.layout.features]
         self.device = next(iter(emb.weights.values())).device
         self.bags, self.longest = bags, longest
 

@@ -23,6 +23,7 @@ from torch import nn
 
 import coldrow
 from coldrow.nn import Table, TableBatchedEmbeddingBags
+from coldrow.nn.table import Origin
 
 CASE = Case(make_tables())
 
@@ -120,6 +121,9 @@ def misbehave(rank, world, how: str, culprit: int, options):
         emb.lr = 0.5
     if how == "epoch" and mine:
         emb.new_epoch()
+    if how == "a table replaced" and mine:
+        kept = emb.weights["a"]
+        emb.weights.replace("a", nn.Parameter(torch.zeros(3, 3), requires_grad=False))
     if how == "update" and mine:
         emb.update = coldrow.RowUpdate(AR.optimizer, coldrow.NoDecay())
     if how == "output_dtype" and mine:
@@ -140,6 +144,8 @@ def misbehave(rank, world, how: str, culprit: int, options):
         out.backward(grad)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
+    if how == "a table replaced" and mine:
+        emb.weights.replace("a", kept)
     same = how == "evicted" or all(bits(before[k]) == bits(v) for k, v in own_rows(emb).items())
     ticked = emb.clock - (7 if how == "clock" and mine else clock)
     emb.discard_forward()
@@ -163,6 +169,7 @@ REFUSED = {
     "length": ("ValueError: offsets: got length",),
     "evicted": ("RuntimeError: the tables were loaded, evicted from",),
     "gradient": ("ValueError: grad: the update of row", "is not finite"),
+    "a table replaced": ("ValueError: weights.a: got [3, 3], accepted: [",),
 }
 
 
@@ -222,6 +229,31 @@ def test_different_tables_are_refused(pools):
     outcomes = pools[2].outcomes(make_differing)
     assert all(o[:2] == ("raised", "ValueError") for o in outcomes)
     assert all("tables: rank 1 has" in o[2] for o in outcomes)
+
+
+def some_assign(rank, world):
+    """With the update of rank 0 two groups of tables become one."""
+    emb = make(ASSIGNED)
+    if rank == 0:
+        emb.update = OTHER
+    call(emb, ASSIGNED, ASSIGNED.batches(world)[0][rank])
+
+
+def test_an_update_assigned_on_one_rank_is_refused(pools):
+    for outcome in pools[2].outcomes(some_assign):
+        assert outcome[:2] == ("raised", "ValueError")
+        assert "the ranks differ in clock, lr, epoch, grad_scale, policies" in outcome[2]
+
+
+@pytest.mark.parametrize("given", [{"storage": torch.zeros(10, 4)}, {"origin": Origin("whole")}])
+def test_parts_of_tables_are_refused(given, pools):
+    for outcome in pools[2].outcomes(make_of, Table("a", 10, 4, **given)):
+        assert outcome[:2] == ("raised", "ValueError")
+        assert "tables: got one with storage or origin" in outcome[2]
+
+
+def make_of(rank, world, table):
+    make(Case([table]))
 
 
 def make_differing(rank, world):
@@ -443,7 +475,7 @@ def test_inside_ddp(workers):
 
 def test_bytes_are_counted(pools):
     owner, sender = (pools[2].run(counted_by_hand, s) for s in ("owner", "sender"))
-    header = (2 + 1 + 2) * 8  # status, mark, one group, one feature's lookups and bags
+    header = (2 + 1 + 2) * 8  # status, mark, one table, one feature's lookups and bags
     # Rank 0 asks rank 1 for rows 5 and 7 (of 8), rank 1 asks rank 0 for row 0.
     assert owner[0] == {
         "header": header,

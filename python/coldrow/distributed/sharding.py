@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,13 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from coldrow._backends.protocol import Moment
 from coldrow._checks import integer, number, one_of
 from coldrow.distributed import state_dict
 from coldrow.distributed.exchange import DISAGREE, Ranks, hash64
-from coldrow.distributed.gradients import by_bag, by_row, first_step
+from coldrow.distributed.gradients import by_bag, by_row
 from coldrow.distributed.request import (
-    Placement,
     Plan,
     Request,
     checked_weights,
@@ -27,70 +26,15 @@ from coldrow.distributed.request import (
     request_of,
     shard_of,
 )
+from coldrow.distributed.shards import Shards
 from coldrow.nn.autograd import Ticket, once, plain
 from coldrow.nn.module import TableBatchedEmbeddingBags
 from coldrow.nn.table import Origin, Table
-from coldrow.nn.table_batch import Layout, TableBatch, TableLayout, row_numbers
-from coldrow.policies import SGD, RowUpdate
+from coldrow.nn.table_batch import row_numbers
+from coldrow.policies import RowUpdate
 
 # Rows are initialised in blocks of so many, each with random numbers of its own.
 _BLOCK = 4096
-
-
-class Shards:
-    """What follows from the tables of one rank and from what other ranks have.
-
-    Args:
-        tables: the rows of this rank.
-        whole: rows of each whole table.
-        ranks: all of them.
-    """
-
-    def __init__(self, tables: TableBatch, whole: Sequence[int], ranks: Ranks) -> None:
-        self.tables = tables
-        layout, kernels = tables.layout, tables.kernels
-        dtypes = [w.dtype for w in tables.weights]
-        self.placement = placement = Placement(layout, whole, dtypes, ranks.world, ranks.rank)
-        # What the owner of rows does with gradients that came: they are scaled and pooled already.
-        one = torch.ones((), dtype=torch.float64)
-        counters = replace(tables.counters, grad_scale=one)
-
-        def of_owner(features: Sequence[int]) -> TableBatch:
-            changed = replace(layout, features=tuple(features), pooling="sum")
-            state = tables.state_by_table
-            return TableBatch(changed, kernels, tables.weights, state, counters)
-
-        self.served = of_owner(layout.features)
-        self.served_by_row = of_owner(range(len(layout.tables)))
-
-        # Rows on loan from their owners: those of a group are one table.
-        firsts = [layout.tables[group.tables[0]] for group in placement.groups]
-        groups = tuple(
-            TableLayout(f"group {g}", t.dim, t.update, t.group) for g, t in enumerate(firsts)
-        )
-        features = tuple([placement.group_of[t] for t in layout.features])
-        loan = replace(layout, tables=groups, features=features)
-        loan_counters = replace(tables.counters, groups=loan.groups)
-        self._loan = TableBatch(loan, kernels, [], [], loan_counters)
-        sums = tuple([replace(t, update=RowUpdate(SGD(lr=1.0)), group=0) for t in groups])
-        summing = replace(loan, tables=sums, charge="touch", on_nonfinite="propagate")
-        self.summing = TableBatch(summing, kernels, [], [], first_step(summing))
-        #: Differs where the policies or options of ranks do.
-        self.agreed = hash64(replace(layout, tables=_without_origin(layout)).spec(None))
-
-    def borrowed(self, plan: Plan) -> TableBatch:
-        """Return the rows that came for a batch as tables, one per group of tables."""
-        loan = self._loan
-        return loan.over(plan.rows, [[p] for p in plan.prev_iters], loan.counters)
-
-    def moment(self, sizes: tuple[int, ...] | None) -> Moment:
-        """Return what a lookup in borrowed rows needs to know, now."""
-        at = self._loan.counters
-        return Moment(sizes, int(at.clock) + 1, int(at.epoch_start), at.lr_values())
-
-
-def _without_origin(layout: Layout) -> tuple[TableLayout, ...]:
-    return tuple([replace(t, origin=None) for t in layout.tables])
 
 
 class _Lookup(torch.autograd.Function):
@@ -209,6 +153,10 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         tables = list(tables)
         if not all(isinstance(t, Table) for t in tables):
             raise TypeError(f"tables: got {tables!r}, accepted: a non-empty list of Table")
+        if any(t.storage is not None or t.origin is not None for t in tables):
+            raise ValueError(
+                "tables: got one with storage or origin, accepted: whole tables, whose rows are drawn"
+            )
         ranks, whole = Ranks(group), [t.num_rows for t in tables]
         shards = [shard_of(t.num_rows, ranks.world, ranks.rank) for t in tables]
         super().__init__(
@@ -321,15 +269,18 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         t, shard = tables.index_of(name), self.shard(name)
         numbers = row_numbers(rows, shard).long()
         weight = tables.weights[t].detach()
+        fresh = torch.empty(len(numbers), weight.shape[1], dtype=weight.dtype)
         block = numbers // _BLOCK
         for b in block.unique().tolist():
-            these = numbers[block == b]
+            here = block == b
+            these = numbers[here]
             first, last = int(these.min()), int(these.max()) + 1
-            fresh = self._drawn(t, first, last, self.clock + 1)
-            weight[these - shard.start] = fresh[these - first]
-        for view in self.state[name].values():
-            view[numbers - shard.start] = 0
-        self.rewritten()
+            fresh[here] = self._drawn(t, first, last, self.clock + 1)[these - first]
+        with tables.held(write=True):  # (the initialiser has not failed)
+            weight[numbers - shard.start] = fresh
+            for view in self.state[name].values():
+                view[numbers - shard.start] = 0
+            self.rewritten()
 
     @torch.no_grad()
     def read(self, name: str, rows: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -342,10 +293,10 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         Returns:
             ``[n, D]`` of ``output_dtype``.
         """
-        shards = self.shards
-        t, placement = shards.tables.index_of(name), shards.placement
+        t = self.table_batch.index_of(name)
 
-        def ask() -> Request:
+        def ask(shards: Shards) -> Request:
+            placement = shards.placement
             every = range(placement.whole[t])
             wanted = row_numbers(every if rows is None else rows, every).long()
             feature = placement.layout.features.index(t)
@@ -353,8 +304,8 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             features = torch.full_like(wanted, feature)
             return located(placement, shards.moment(None), wanted, features, [], [], nothing)
 
-        _, plan = self._exchange(f"read {name}", shards, ask, False)
-        return shards.borrowed(plan).read(placement.group_of[t], plan.slot)
+        shards, _, plan = self._exchange(f"read {name}", ask, False)
+        return shards.borrowed(plan).read(shards.placement.group_of[t], plan.slot)
 
     # ------------------------------------------------------------------------------- exchange
 
@@ -364,21 +315,22 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         return hash64(what, self.clock, self.epoch_start, lrs, shards.agreed) >> 1
 
     def _exchange(
-        self, what: str, shards: Shards, ask: Callable[[], Request], training: bool
-    ) -> tuple[Request, Plan]:
+        self, what: str, ask: Callable[[Shards], Request], training: bool
+    ) -> tuple[Shards, Request, Plan]:
         """Ask all ranks for rows and serve theirs, or raise on every rank."""
-        ranks, placement = self._ranks, shards.placement
-        world, groups = ranks.world, len(placement.groups)
-        features = len(placement.layout.features)
+        ranks = self._ranks
+        world, features = ranks.world, len(self.layout.features)
         # A header for each rank: whether this rank failed, its mark, and the counts of what follows.
-        # All of one size, whatever each rank is about to do.
-        ends = [2, 2 + groups, 2 + groups + features, 2 + groups + 2 * features]
+        # All of one size, whatever each rank is about to do: of groups there are no more than tables.
+        ends = list(itertools.accumulate((2, len(self.layout.tables), features, features)))
         header = torch.zeros(world, ends[-1], dtype=torch.int64)
-        request, error, mark = None, None, 0
+        shards, request, error, mark = None, None, None, 0
         try:
+            shards = self.shards
+            placement = shards.placement
             mark = self._mark(what, shards)
-            request = ask()
-            header[:, ends[0] : ends[1]] = request.wanted
+            request = ask(shards)
+            header[:, ends[0] : ends[0] + len(placement.groups)] = request.wanted
             if training and self.sum_gradients == "owner":
                 order, first, _ = request.pairs(placement.layout.pooling)
                 cell = (request.owner * features + request.feature)[order]
@@ -391,12 +343,14 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         theirs = ranks.send("header", header, [1] * world, [1] * world)
         if bool(theirs[:, 0].any()):
             ranks.fail_together(error)
+        assert shards is not None
         assert request is not None
         if bool((theirs[:, 1] != mark).any()):
             raise ValueError(DISAGREE)
 
+        placement = shards.placement
         asked = request.wanted.tolist()
-        serves = theirs[:, ends[0] : ends[1]].tolist()
+        serves = theirs[:, ends[0] : ends[0] + len(placement.groups)].tolist()
         to, get = [sum(a) for a in asked], [sum(s) for s in serves]
         local = request.keys % placement.span
         if placement.span < 2**31:
@@ -424,7 +378,8 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
                 touched = placement.gather(group, keys, tables.operands.prev_iters)
                 prev_iters.append(ranks.send("state sent", touched, give, take))
         lookups, bags = theirs[:, ends[1] : ends[2]], theirs[:, ends[2] :]
-        return request, Plan(asked, serves, lookups, bags, served, slot, rows, prev_iters)
+        plan = Plan(asked, serves, lookups, bags, served, slot, rows, prev_iters)
+        return shards, request, plan
 
     # -------------------------------------------------------------------------------- forward
 
@@ -457,11 +412,10 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         training = torch.is_grad_enabled() and self.training
         weights: Tensor | None = None
         ticket: Ticket | None = None
-        shards = self.shards
-        layout = shards.tables.layout
 
-        def ask() -> Request:
+        def ask(shards: Shards) -> Request:
             nonlocal weights, ticket
+            layout = shards.tables.layout
             weights = checked_weights(per_sample_weights, indices, layout.pooling)
             sizes = None if batch_sizes is None else layout.batch_sizes(batch_sizes, offsets)
             request = request_of(shards.placement, shards.moment(sizes), indices, offsets)
@@ -471,7 +425,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
 
         what = f"{'train' if training else 'look up'}, weights {per_sample_weights is not None}"
         with torch.no_grad():
-            request, plan = self._exchange(what, shards, ask, training)
+            shards, request, plan = self._exchange(what, ask, training)
         if training or (torch.is_grad_enabled() and weights is not None and weights.requires_grad):
             anchor = self.anchor if training else self.anchor.detach()
             out = _Lookup.apply(anchor, self, shards, ticket, request, plan, weights)
@@ -479,6 +433,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         else:
             borrowed = shards.borrowed(plan)
             out = borrowed.lookup(request.moment, plan.slot, request.offsets, weights)
+        layout = shards.tables.layout
         return layout.shaped(out, request.offsets, request.moment.batch_sizes)
 
     # ------------------------------------------------------------------------------- backward

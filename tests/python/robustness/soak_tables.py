@@ -226,7 +226,7 @@ class OptimizerOwner(Owner):
         rng, before, bits = self.rng, self.now(), Bits(self)
         done: dict = {name: [] for name in self.names}
         lrs = {n: float(g["lr"]) for n, g in zip(self.names, self.opt.param_groups, strict=True)}
-        step, epoch_start = self.opt.clock + 1, int(self.opt._epoch_start)
+        step, epoch_start = self.opt.clock + 1, int(self.opt.state_dict()["epoch_start"])
         spoiled = {}
         for name, p in self.params.items():
             indices = rng.integers(0, p.shape[0], int(rng.integers(0, 200)))
