@@ -80,7 +80,7 @@ def wire(load: Load, world: int, summed_by: str = "owner") -> dict[str, float]:
     pairs = load.bags * sum(world * (1 - (1 - 1 / world) ** n) for n in load.lengths)
     key = 4 if load.tables * -(-each // world) < 2**31 else 8
     sent = {
-        "header": (world - 1) * 8 * (2 + 3 * load.tables),
+        "header": (world - 1) * 8 * (2 + 1 + 2 * load.tables),
         "rows asked": away * rows * key,
         "rows sent": away * rows * load.dim * load.item,
         "state sent": away * rows * 4 if load.charge == "read" else 0,

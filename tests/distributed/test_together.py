@@ -39,7 +39,7 @@ def make(case=CASE, **options):
 OTHER = coldrow.RowUpdate(
     coldrow.RowwiseRMSprop(lr=0.1, ema_beta=0.5), coldrow.Exponential(half_life=3.0)
 )
-# "b" begins with the update that the others are given later: in a group of its own, and then not.
+# "b" has from the beginning the update that the others are given later.
 ASSIGNED = Case(make_tables(own=OTHER, equal=True))
 
 
@@ -232,7 +232,7 @@ def test_different_tables_are_refused(pools):
 
 
 def some_assign(rank, world):
-    """With the update of rank 0 two groups of tables become one."""
+    """With the update of rank 0 all tables are trained alike."""
     emb = make(ASSIGNED)
     if rank == 0:
         emb.update = OTHER
@@ -475,7 +475,7 @@ def test_inside_ddp(workers):
 
 def test_bytes_are_counted(pools):
     owner, sender = (pools[2].run(counted_by_hand, s) for s in ("owner", "sender"))
-    header = (2 + 1 + 2) * 8  # status, mark, one table, one feature's lookups and bags
+    header = (2 + 1 + 2) * 8  # status, mark, one group, one feature's lookups and bags
     # Rank 0 asks rank 1 for rows 5 and 7 (of 8), rank 1 asks rank 0 for row 0.
     assert owner[0] == {
         "header": header,

@@ -12,11 +12,12 @@ from torch import Tensor
 from coldrow._backends.protocol import Moment
 from coldrow.nn.autograd import plain
 from coldrow.nn.table_batch import Layout
+from coldrow.policies import RowUpdate
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tables of equal width, dtype, update and learning rate: their rows travel together."""
+    """Tables of equal width and dtype that are trained alike: their rows travel together."""
 
     tables: tuple[int, ...]
     begin: int  # their part of a rank's keys
@@ -32,6 +33,8 @@ class Placement:
         layout: of the tables.
         whole: rows of each whole table.
         dtypes: of each table.
+        own: the update of each table that has one of its own. (What is assigned to a module does not change
+            which tables are trained alike by it, so ranks agree on groups before they agree on updates.)
         world: number of ranks.
         rank: of this process.
     """
@@ -41,6 +44,7 @@ class Placement:
         layout: Layout,
         whole: Sequence[int],
         dtypes: Sequence[torch.dtype],
+        own: Sequence[RowUpdate | None],
         world: int,
         rank: int,
     ) -> None:
@@ -49,7 +53,7 @@ class Placement:
         shards = [shard_of(n, world, rank) for n in whole]
         self.first = [shard.start for shard in shards]
         self.own = [len(shard) for shard in shards]
-        kinds = [(t.dim, d, t.update, t.group) for t, d in zip(layout.tables, dtypes, strict=True)]
+        kinds = [(t.dim, d, u) for t, d, u in zip(layout.tables, dtypes, own, strict=True)]
         self.groups: list[Group] = []
         self.base = [0] * len(kinds)  # the first number of each table
         at = 0

@@ -225,7 +225,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         """What follows from the tables as they are now, and from what other ranks have."""
         tables = self.table_batch
         if self._shards is None or self._shards.tables is not tables:
-            self._shards = Shards(tables, self._whole, self._ranks)
+            self._shards = Shards(tables, self.tables, self._whole, self._ranks)
         return self._shards
 
     @property
@@ -322,8 +322,9 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
         ranks = self._ranks
         world, features = ranks.world, len(self.layout.features)
         # A header for each rank: whether this rank failed, its mark, and the counts of what follows.
-        # All of one size, whatever each rank is about to do: of groups there are no more than tables.
-        ends = list(itertools.accumulate((2, len(self.layout.tables), features, features)))
+        # All of one size, whatever each rank is about to do.
+        groups = len({(t.dim, t.dtype, t.update) for t in self.tables})
+        ends = list(itertools.accumulate((2, groups, features, features)))
         header = torch.zeros(world, ends[-1], dtype=torch.int64)
         shards, request, error, mark = None, None, None, 0
         try:
@@ -331,7 +332,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             placement = shards.placement
             mark = self._mark(what, shards)
             request = ask(shards)
-            header[:, ends[0] : ends[0] + len(placement.groups)] = request.wanted
+            header[:, ends[0] : ends[1]] = request.wanted
             if training and self.sum_gradients == "owner":
                 order, first, _ = request.pairs(placement.layout.pooling)
                 cell = (request.owner * features + request.feature)[order]
@@ -351,7 +352,7 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
 
         placement = shards.placement
         asked = request.wanted.tolist()
-        serves = theirs[:, ends[0] : ends[0] + len(placement.groups)].tolist()
+        serves = theirs[:, ends[0] : ends[1]].tolist()
         to, get = [sum(a) for a in asked], [sum(s) for s in serves]
         local = request.keys % placement.span
         if placement.span < 2**31:

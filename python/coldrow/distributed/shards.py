@@ -11,6 +11,7 @@ from coldrow._backends.protocol import Moment
 from coldrow.distributed.exchange import Ranks, hash64
 from coldrow.distributed.gradients import first_step
 from coldrow.distributed.request import Placement, Plan
+from coldrow.nn.table import Table
 from coldrow.nn.table_batch import Layout, TableBatch, TableLayout
 from coldrow.policies import SGD, RowUpdate
 
@@ -20,15 +21,19 @@ class Shards:
 
     Args:
         tables: the rows of this rank.
+        described: the tables, for those that have an update of their own.
         whole: rows of each whole table.
         ranks: all of them.
     """
 
-    def __init__(self, tables: TableBatch, whole: Sequence[int], ranks: Ranks) -> None:
+    def __init__(
+        self, tables: TableBatch, described: Sequence[Table], whole: Sequence[int], ranks: Ranks
+    ) -> None:
         self.tables = tables
         layout, kernels = tables.layout, tables.kernels
         dtypes = [w.dtype for w in tables.weights]
-        self.placement = placement = Placement(layout, whole, dtypes, ranks.world, ranks.rank)
+        own = [t.update for t in described]
+        self.placement = placement = Placement(layout, whole, dtypes, own, ranks.world, ranks.rank)
         # What the owner of rows does with gradients that came: they are scaled and pooled already.
         one = torch.ones((), dtype=torch.float64)
         counters = replace(tables.counters, grad_scale=one)
