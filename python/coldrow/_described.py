@@ -9,21 +9,16 @@ import torch
 from torch import Tensor
 
 
-def described(values: Any, room: int = 1) -> Tensor:
-    """Return plain values as a tensor: the codes of their JSON text, float32 ``[n]``.
+def described(values: Any) -> Tensor:
+    """Return plain values as a tensor: the codes of their JSON text and of spaces behind it, float32 ``[n]``.
 
     ASCII codes are exact in every floating dtype, so the text survives tools that average or cast what a
-    state_dict holds.
-
-    Args:
-        values: what JSON can say.
-        room: n, doubled until the text fits: other values then make a tensor of the same shape, which is
-            what tools that load tensors in place ask for. Spaces fill it.
+    state_dict holds. ``n`` is a power of two, 1024 at least: torch.distributed.checkpoint reads a tensor into
+    one of the same shape, and other values, such as another learning rate, should have that.
     """
     text = json.dumps(values).encode("ascii")
-    while room < len(text):
-        room *= 2
-    return torch.tensor(list(text.ljust(room)), dtype=torch.float32)
+    size = max(1024, 1 << (len(text) - 1).bit_length())
+    return torch.tensor(list(text.ljust(size)), dtype=torch.float32)
 
 
 def plain_values(given: Any) -> Any:

@@ -145,11 +145,14 @@ inline std::int64_t scratch_floats(int dim) {
   return static_cast<std::int64_t>(chunk_rows(dim)) * padded(dim);
 }
 
-// apply_runs() for rows of Width columns, or, where that is 0, of dim_of_any.
+// apply_runs() for rows of Width columns, or, where that is 0, of dim_of_any. (Inlined by force, as
+// apply_runs() is: as a call of its own the loop takes a twentieth longer.)
 template <int Width, class Entry, Numeric Grad, class Rows>
-void apply_runs_of_width(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base,
-                         int dim_of_any, const GradientRows<Grad>& grads, const RowMemory& memory,
-                         float* scratch, const Rows& rows) {
+COLDROW_HOST_INLINE void apply_runs_of_width(const Entry* sorted, std::int64_t lo, std::int64_t hi,
+                                             std::int64_t base, int dim_of_any,
+                                             const GradientRows<Grad>& grads,
+                                             const RowMemory& memory, float* scratch,
+                                             const Rows& rows) {
   const int dim = Width > 0 ? Width : dim_of_any;
   const std::size_t grad_bytes = sizeof(Grad) * static_cast<std::size_t>(dim);
   const auto row_of = [&](std::int64_t i) {
@@ -184,9 +187,9 @@ void apply_runs_of_width(const Entry* sorted, std::int64_t lo, std::int64_t hi, 
 // Runs of one table: sorted[lo, hi), keys counted from `base`. scratch: scratch_floats(dim).
 // rows(const RowGradient*, int count) takes the summed gradients, a few rows at a time.
 template <class Entry, Numeric Grad, class Rows>
-void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi, std::int64_t base, int dim,
-                const GradientRows<Grad>& grads, const RowMemory& memory, float* scratch,
-                const Rows& rows) {
+COLDROW_HOST_INLINE void apply_runs(const Entry* sorted, std::int64_t lo, std::int64_t hi,
+                                    std::int64_t base, int dim, const GradientRows<Grad>& grads,
+                                    const RowMemory& memory, float* scratch, const Rows& rows) {
   with_width(dim, [&](auto width) {
     apply_runs_of_width<decltype(width)::value>(sorted, lo, hi, base, dim, grads, memory, scratch,
                                                 rows);

@@ -117,10 +117,6 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
             float32 sums, so their last bits, depends on the ranks.
         seed: of the initial rows; default: rank 0's ``torch.initial_seed()``.
 
-    Attributes:
-        wire_bytes: bytes this rank has sent to others, by purpose: "header", "rows asked",
-            "rows sent", "state sent", "gradients", "status".
-
     Raises:
         RuntimeError: if torch.distributed is not initialised.
         ValueError: if ranks were given different tables or options.
@@ -230,7 +226,10 @@ class RowShardedEmbeddingBags(TableBatchedEmbeddingBags):
 
     @property
     def wire_bytes(self) -> Counter[str]:
-        """Bytes this rank has sent to others, by purpose."""
+        """Bytes this rank has sent to others, by purpose.
+
+        "header", "rows asked", "rows sent", "state sent", "gradients", "status".
+        """
         return self._ranks.wire_bytes
 
     # ---------------------------------------------------------------------------------- rows

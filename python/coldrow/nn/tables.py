@@ -218,7 +218,7 @@ class TablesModule(Clocked):
 
     @property
     def table_batch(self) -> TableBatch:
-        """What the kernels work on, as things are now: see :mod:`coldrow.nn.table_batch`."""
+        """What the kernels work on, as things are now: see docs/architecture.md."""
         own = self.__dict__
         if all(map(operator.is_, _values(own["_dicts"]), own["_bound"])):
             return own["_batch"]  # type: ignore[no-any-return]
@@ -466,11 +466,8 @@ class TablesModule(Clocked):
     # --------------------------------------------------------------------------------- state_dict
 
     def get_extra_state(self) -> Tensor:
-        """Return the policies as text in a tensor, for ``state_dict``.
-
-        It is of one size whatever the built-in policies: torch.distributed.checkpoint loads in place.
-        """
-        return described(self._policies(), 1024 * len(self.tables))
+        """Return the policies as text in a tensor, for ``state_dict``."""
+        return described(self._policies())
 
     def set_extra_state(self, state: Any) -> None:
         """Do nothing: policies were compared before anything was loaded."""

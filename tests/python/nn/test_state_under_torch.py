@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import coldrow
-import coldrow.checkpoint
+from coldrow import checkpoint
 from coldrow.nn import Embedding, EmbeddingBag, Table, TableBatchedEmbeddingBags
+from coldrow.optim import SparseOptimizer
 
 UPDATE = coldrow.RowUpdate(
     coldrow.RowwiseRMSprop(lr=0.1), coldrow.EpochGated(coldrow.Exponential(half_life=3.0))
@@ -246,8 +247,8 @@ def test_safetensors_of_records_are_refused_by_it_and_written_by_coldrow(tmp_pat
     emb, other = trained("record"), make("record")
     with pytest.raises(ValueError, match="contiguous"):
         safetensors.save_file(emb.state_dict(), tmp_path / "state.safetensors")
-    coldrow.checkpoint.save(emb.state_dict(), tmp_path / "state.safetensors")
-    other.load_state_dict(coldrow.checkpoint.load(tmp_path / "state.safetensors"))
+    checkpoint.save(emb.state_dict(), tmp_path / "state.safetensors")
+    other.load_state_dict(checkpoint.load(tmp_path / "state.safetensors"))
     assert same_reads(other, emb)
     other = make("split")
     safetensors.save_model(trained("split"), tmp_path / "model.safetensors")
@@ -314,7 +315,7 @@ def test_sparse_optimizer_makes_a_round_trip():
     for _ in range(2):
         torch.manual_seed(0)
         model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True))
-        made.append((model, coldrow.optim.SparseOptimizer(model.parameters(), OTHER)))
+        made.append((model, SparseOptimizer(model.parameters(), OTHER)))
     (model, optimizer), (other, others) = made
     for _ in range(3):
         optimizer.zero_grad()
@@ -333,7 +334,7 @@ def test_sparse_optimizer_makes_a_round_trip():
     for mine, theirs in zip(others.state.values(), optimizer.state.values(), strict=True):
         for name, array in theirs.items():
             assert torch.equal(mine[name], array)
-    before_the_first_step = coldrow.optim.SparseOptimizer(other.parameters(), OTHER)
+    before_the_first_step = SparseOptimizer(other.parameters(), OTHER)
     get_optimizer_state_dict(other, before_the_first_step)  # (steps with dense zeros if it must)
 
 
