@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,35 +59,7 @@ class TableBatchedEmbeddingBags(TablesModule):
         strict_policies: refuse a checkpoint whose policies differ from the module's.
     """
 
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        update: RowUpdate | None = None,
-        *,
-        pooling: Literal["sum", "mean", "none"] = "sum",
-        charge: Literal["touch", "read"] = "touch",
-        device: torch.device | str = "cpu",
-        output_dtype: torch.dtype = torch.float32,
-        fused: bool = True,
-        on_nonfinite: Literal["skip", "raise", "propagate"] = "skip",
-        validate: Literal["deferred", "sync"] = "deferred",
-        state_layout: Literal["record", "split"] = "record",
-        feature_order: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(
-            tables,
-            update,
-            pooling=pooling,
-            charge=charge,
-            device=device,
-            output_dtype=output_dtype,
-            fused=fused,
-            on_nonfinite=on_nonfinite,
-            validate=validate,
-            state_layout=state_layout,
-            feature_order=feature_order,
-        )
-        self._outstanding: weakref.ref[Ticket] | None = None
+    _outstanding: weakref.ref[Ticket] | None = None  # the training forward that waits
 
     @classmethod
     def from_torch(
@@ -389,7 +361,3 @@ class TableBatchedEmbeddingBags(TablesModule):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_outstanding"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__["_outstanding"] = None
-        super().__setstate__(state)
