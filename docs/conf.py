@@ -38,7 +38,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!coldrow\.).*"), ("py:.*", r"coldrow\..*\.
 # What public classes are made of (docs/architecture.md), named in signatures.
 nitpick_ignore_regex += [
     ("py:class", r"coldrow\.nn\.(autograd|optimizer|table|table_batch|tables)\.\w+"),
-    ("py:class", r"coldrow\.(distributed\.request|compat\.fbgemm\.state)\.\w+"),
+    ("py:class", r"coldrow\.(distributed\.(request|shards)|compat\.fbgemm\.state)\.\w+"),
 ]
 # Classes that TorchRec makes, named in signatures.
 nitpick_ignore_regex += [("py:class", r"coldrow\.torchrec\.Sharded\w+")]
